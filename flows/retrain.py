@@ -1,0 +1,121 @@
+"""The retraining flow: DVC's stages one by one, then register, promote, report.
+
+``python -m flows.retrain`` runs it here; ``prefect.yaml`` declares it as a scheduled deployment.
+DVC alone decides what is stale, so no task is cached by Prefect.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.runtime import task_run
+
+from flows.dag import stage_graph
+from flows.process import run
+
+ROOT = Path(__file__).resolve().parent.parent
+EVAL = Path("artifacts/eval")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage: ``cached`` or ``run``, in seconds."""
+
+    stage: str
+    what: str
+    seconds: float
+
+
+def _task_name() -> str:
+    return str(task_run.parameters["name"])
+
+
+@task(task_run_name=_task_name, cache_policy=NO_CACHE)
+def stage(name: str, root: Path) -> Outcome:
+    """One stage of ``dvc.yaml`` through ``dvc repro``."""
+    logger = get_run_logger()
+    started = time.monotonic()
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", name]
+    lines = run(command, root, logger.info)
+    ran = any(line.startswith(f"Running stage '{name}'") for line in lines)
+    outcome = Outcome(name, "run" if ran else "cached", round(time.monotonic() - started, 1))
+    logger.info("%s: %s in %.1f s", outcome.stage, outcome.what, outcome.seconds)
+    return outcome
+
+
+@task(task_run_name=_task_name, cache_policy=NO_CACHE)
+def command(name: str, root: Path) -> str:
+    """A step with side effects outside DVC's reach: ``ldm NAME``; its last line."""
+    lines = run([sys.executable, "-m", "ldm.cli", name], root, get_run_logger().info)
+    return lines[-1] if lines else ""
+
+
+@flow(name="retrain")
+def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
+    """Bring the model up to date with the data, register it, let the gate decide, report."""
+    futures: dict[str, Any] = {}
+    for name, needed in stage_graph(root).items():
+        # Fetching depends on other people's servers; the rest fails for a reason that stays.
+        retries = ingest_retries if name == "ingest" else 0
+        futures[name] = stage.with_options(retries=retries, retry_delay_seconds=10).submit(
+            name, root, wait_for=[futures[other] for other in needed]
+        )
+    wait(list(futures.values()))
+    outcomes = [future.result() for future in futures.values()]
+    said = [command(name, root) for name in ("register", "promote", "report")]
+    _leave_artifacts(root, outcomes, said)
+    return outcomes
+
+
+def _leave_artifacts(root: Path, outcomes: list[Outcome], said: list[str]) -> None:
+    metrics = json.loads((root / EVAL / "metrics.json").read_text())
+    start = metrics["start"]
+    lines = ["# Retraining", "", "| stage | outcome | seconds |", "|---|---|---|"]
+    lines += [f"| {done.stage} | {done.what} | {done.seconds} |" for done in outcomes]
+    lines += ["", "| metric | start | this model |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {start.get(name, '')} | {value} |"
+        for name, value in metrics.items()
+        if name != "start"
+    ]
+    lines += ["", *(f"- {line}" for line in said)]
+    create_markdown_artifact("\n".join(lines), key="retraining")
+    picture = base64.b64encode((root / EVAL / "samples.png").read_bytes()).decode()
+    create_image_artifact(f"data:image/png;base64,{picture}", key="samples")
+
+
+def main() -> None:
+    """Run the flow, or say that there is nothing to do."""
+    from flows.dag import stale
+    from ldm.errors import UserError
+    from ldm.progress import say
+
+    started = time.monotonic()
+    try:
+        reasons = stale(ROOT)
+        if not reasons and (ROOT / "artifacts/report/index.html").is_file():
+            seconds = time.monotonic() - started
+            say(f"retrain: every stage is up to date, nothing done again ({seconds:.0f} s)")
+            return
+        outcomes = retrain()
+    except UserError as error:
+        sys.exit(f"retrain: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"retrain: `{' '.join(error.cmd[1:])}` failed; its last lines are above")
+    table = ", ".join(f"{done.stage} {done.what} {done.seconds:.0f} s" for done in outcomes)
+    say(f"retrain: {table}; see artifacts/report/index.html")
+
+
+if __name__ == "__main__":
+    main()

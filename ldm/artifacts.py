@@ -1,0 +1,156 @@
+"""Output directories that say what they are, written whole or not at all.
+
+A stage fills a hidden sibling of its output, writes ``manifest.json`` last and renames the lot
+into place. The next stage opens the directory through its manifest and checks every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm import __version__
+from ldm.errors import UserError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory holds and what made it. No times, no paths, no host: same input, same bytes.
+
+    ``inputs`` maps a name (``images``, ``vae``) to the digest of what was read; ``files`` maps
+    each relative path to its sha256.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, int]
+    files: dict[str, str]
+    made_by: str = f"ldm {__version__}"
+    schema_version: int = SCHEMA_VERSION
+    path: Path = field(default=Path(), compare=False)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the files' names and hashes: equal for equal content."""
+        return digest_json(self.files)
+
+
+def digest_json(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_tree(root: Path) -> dict[str, str]:
+    """sha256 of every file under ``root`` by relative path, sorted, without the manifest."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {
+        path.relative_to(root).as_posix(): digest_file(path)
+        for path in files
+        if path.relative_to(root).as_posix() != MANIFEST
+    }
+
+
+@contextmanager
+def writing(
+    target: Path,
+    kind: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    counts: dict[str, int] | None = None,
+) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``target`` when the block ends without an error.
+
+    ``counts`` is read at the end, so the block may fill it. On an error nothing is left behind
+    and an earlier ``target`` stays as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.parent / f".{target.name}.writing"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        manifest = Manifest(kind, dict(config), dict(inputs), counts or {}, digest_tree(fresh))
+        content = {key: value for key, value in asdict(manifest).items() if key != "path"}
+        write_json(fresh / MANIFEST, content)
+        _swap_in(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap_in(fresh: Path, target: Path) -> None:
+    """Rename ``fresh`` to ``target``; a directory can't replace a full one, so that steps aside."""
+    old = target.parent / f".{target.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
+    """Read and verify the directory of that ``kind``.
+
+    Raises :class:`UserError` when it is missing, unfinished, of another kind or schema, or when a
+    file is missing, added or altered; the message names ``made_by_stage`` as the remedy.
+    """
+    remedy = f"run `ldm {made_by_stage}` to make it"
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; {remedy}")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: has no {MANIFEST}, so it is unfinished or not ours; {remedy}")
+    try:
+        manifest = Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST}: cannot be read ({error}); {remedy} again") from error
+    if (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSION):
+        raise UserError(
+            f"{path}: holds {manifest.kind!r} of schema {manifest.schema_version}, "
+            f"not {kind!r} of schema {SCHEMA_VERSION}; {remedy}"
+        )
+    _verify_files(path, manifest.files, remedy)
+    return manifest
+
+
+def _verify_files(path: Path, expected: Mapping[str, str], remedy: str) -> None:
+    found = digest_tree(path)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{path / name}: is missing; {remedy} again")
+        if name not in expected:
+            raise UserError(f"{path / name}: is not in the manifest; {remedy} again")
+        if expected[name] != found[name]:
+            raise UserError(f"{path / name}: is not what was written; {remedy} again")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, keys in the given order, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file aside, sync it and rename it into place."""
+    aside = path.with_name(f".{path.name}.writing")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,194 @@
+"""The one door: ``ldm STAGE``.
+
+Heavy imports sit inside the commands, so that ``ldm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ldm import __version__
+from ldm.errors import UserError
+from ldm.quiet import quieten
+
+Command = Callable[[argparse.Namespace], None]
+
+DATA = Path("data")
+IMAGES = Path("artifacts/images")
+FIRST_STAGE = Path("artifacts/first-stage")
+LATENTS = Path("artifacts/latents")
+MODEL = Path("artifacts/model")
+EVAL = Path("artifacts/eval")
+REPORT = Path("artifacts/report")
+RUNS = Path("runs")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run; a :class:`UserError` is one line on stderr and exit code 1."""
+    quieten()
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        sys.exit(f"ldm {options.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ldm", description="From a list of (image URL, caption) pairs to a registered model."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+
+    def command(name: str, run: Command, help: str, **paths: Path) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--params", default="params.yaml", help="params file or preset")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override"
+        )
+        for path, default in paths.items():
+            sub.add_argument(f"--{path}", type=Path, default=default, help=f"default: {default}")
+        return sub
+
+    command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
+    command("ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES)
+    command(
+        "first-stage",
+        _first_stage,
+        "train VAE and CLIP from nothing",
+        images=IMAGES,
+        out=FIRST_STAGE,
+    )
+    command("encode", _encode, "pictures and captions to latents", images=IMAGES, out=LATENTS)
+    command("train", _train, "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS)
+    command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
+    command(
+        "register", _register, "log the training to MLflow, name it challenger",
+        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, data=DATA,
+    )  # fmt: skip
+    promote = command("promote", _promote, "make the challenger champion if the gate lets it")
+    promote.add_argument("--rollback", action="store_true", help="put the former champion back")
+    command(
+        "report", _report, "one page about the last training",
+        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT,
+    )  # fmt: skip
+    _generate_options(command("generate", _generate, "draw pictures from prompts"))
+    return parser
+
+
+def _generate_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", default="models:/ldm@champion", help="folder, hub id or MLflow URI")
+    sub.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    sub.add_argument("--negative", default="", help="what the picture should not be")
+    sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv or .jsonl")
+    sub.add_argument("--steps", type=int, help="denoising steps")
+    sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    sub.add_argument("--sampler", help="dpm++, euler, lms, ddim or pndm")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
+    sub.add_argument("--height", type=int)
+    sub.add_argument("--width", type=int)
+    sub.add_argument("--out", type=Path, default=Path("generated"))
+
+
+def _params(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from ldm.config import load_params
+
+    return load_params(options.params, options.set)
+
+
+def _scenes(options: argparse.Namespace) -> None:
+    from ldm.progress import say
+    from ldm.scenes.lists import write_lists
+
+    scenes = _params(options).scenes
+    write_lists(options.out, scenes.world, scenes.rows, scenes.validation_rows)
+    pairs = f"{scenes.rows} training and {scenes.validation_rows} validation pairs"
+    say(f"scenes: {pairs} -> {options.out}")
+
+
+def _ingest(options: argparse.Namespace) -> None:
+    from ldm.ingest.stage import ingest
+
+    ingest(_params(options).ingest, options.data, options.out)
+
+
+def _first_stage(options: argparse.Namespace) -> None:
+    from ldm.first_stage.stage import first_stage
+
+    first_stage(_params(options).first_stage, options.images, options.out)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from ldm.encode import encode
+
+    params = _params(options)
+    encode(params.encode, params.pretrained, options.images, options.out)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from ldm.launch import launch_training
+
+    launch_training(_params(options), options.latents, options.out, options.runs)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ldm.evaluate import evaluate
+
+    params = _params(options)
+    prompts = options.data / "prompts.jsonl"
+    evaluate(params.evaluate, params.pretrained, options.model, prompts, options.out)
+
+
+def _register(options: argparse.Namespace) -> None:
+    from ldm.registry import register
+
+    register(_params(options).registry, options.model, options.eval, options.images)
+
+
+def _promote(options: argparse.Namespace) -> None:
+    from ldm.registry import promote, rollback
+
+    registry = _params(options).registry
+    if options.rollback:
+        rollback(registry)
+    else:
+        promote(registry)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ldm.report import report
+
+    params = _params(options)
+    report(
+        params.registry, options.images, options.latents, options.model, options.eval, options.out
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from ldm.config import with_changes
+    from ldm.generate import Job, generate, read_prompts
+    from ldm.sampling import Request
+
+    params = _params(options)
+    given = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
+    changed = {key: value for key, value in given.items() if value is not None}
+    sampling = with_changes(params.evaluate.sampling, changed, "generate")
+    requests = [
+        Request(prompt, options.seed + number, options.negative)
+        for number, prompt in enumerate(options.prompt)
+    ]
+    if options.prompts:
+        requests += read_prompts(options.prompts, options.seed)
+    job = Job(sampling, options.num_images, options.height, options.width)
+    generate(options.model, requests, job, options.out)
+
+
+if __name__ == "__main__":
+    main()

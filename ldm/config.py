@@ -1,0 +1,304 @@
+"""Every setting, typed: one frozen model a stage, read from ``params.yaml``.
+
+Unknown keys and wrong types are refused with one line that names the key. Presets are params files
+of their own under ``ldm/presets``, holding only what differs from the defaults here.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ldm.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and no key it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for manifests."""
+        return self.model_dump(mode="json")
+
+
+SectionKind = TypeVar("SectionKind", bound=Section)
+
+
+class Scenes(Section):
+    """The embedded data set that ``ldm scenes`` writes."""
+
+    world: Literal["retrain", "scratch"] = "retrain"
+    """``retrain``: all shapes, for the demo. ``scratch``: the known ones, for making ``tiny``."""
+    rows: Count = 4000
+    validation_rows: Count = 256
+
+
+class Ingest(Section):
+    """Download, check and repack."""
+
+    image_size: Count = 64
+    """Side of the square centre crop, in pixels."""
+    image_format: Literal["png", "jpg", "webp"] = "png"
+    quality: Annotated[int, Field(ge=0, le=100)] = 95
+    """For jpg and webp: quality. For png it is not used; compression is always 6."""
+    samples_per_shard: Count = 1000
+    timeout_s: Count = 10
+    retries: Annotated[int, Field(ge=0)] = 1
+    processes: Count = 2
+    threads: Count = 16
+    serve_scenes: bool = True
+    """Serve the embedded scenes on loopback while downloading."""
+    min_yield: Share = 0.5
+    """Fail when less than this share of a list's rows is kept."""
+
+
+class Pretrained(Section):
+    """The frozen parts and where training starts.
+
+    A name is ``tiny`` (embedded), a local folder or a hub id.
+    """
+
+    pipeline: str = "tiny"
+    """Folder or id in Stable Diffusion layout: vae, text_encoder, tokenizer, unet, scheduler."""
+    revision: str | None = None
+    clip: str = "tiny"
+    """CLIP with both towers, for the CLIP score."""
+    clip_revision: str | None = None
+
+
+class Encode(Section):
+    """Pixels to posterior moments, captions to hidden states."""
+
+    batch_size: Count = 64
+    compute: Literal["float32", "bfloat16"] = "float32"
+    storage: Literal["float32", "float16"] = "float32"
+    samples_per_shard: Count = 5000
+
+
+class UnetShape(Section):
+    """A UNet to start from random weights; field names are ours, meanings diffusers'."""
+
+    widths: tuple[Count, ...] = (96, 192)
+    layers_per_block: Count = 1
+    head_width: Count = 32
+    norm_groups: Count = 16
+
+
+class NoiseSchedule(Section):
+    """The forward process of a UNet that starts from random weights."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    train_timesteps: Count = 1000
+
+
+class Train(Section):
+    """The UNet on cached latents."""
+
+    init: str = "pretrained"
+    """``pretrained`` (the pipeline's UNet), ``random``, or a model: a folder or an MLflow URI such
+    as ``models:/ldm@champion``."""
+    unet: UnetShape = UnetShape()
+    """With ``init: random``."""
+    noise: NoiseSchedule = NoiseSchedule()
+    """With ``init: random``; otherwise the starting model's own scheduler rules."""
+    steps: Count = 1200
+    batch_size: Count = 64
+    """Samples an optimizer step, over all processes and accumulation steps."""
+    accumulation: Count = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
+    caption_dropout: Share = 0.1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    seed: int = 0
+    workers: Annotated[int, Field(ge=0)] = 0
+    log_every: Count = 20
+    validate_every: Count = 300
+    checkpoint_every: Count = 300
+    keep_checkpoints: Count = 2
+    accelerate: str = "infra/accelerate/cpu.yaml"
+    """Configuration for ``accelerate launch``."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation "
+                f"{self.accumulation}: change either"
+            )
+        return self
+
+
+class Sampling(Section):
+    """How pictures are drawn."""
+
+    sampler: Literal["dpm++", "euler", "lms", "ddim", "pndm"] = "dpm++"
+    steps: Count = 20
+    guidance: Annotated[float, Field(ge=1)] = 3.0
+    """Classifier-free guidance scale; 1 switches guidance off."""
+    batch_size: Count = 40
+    seed: int = 0
+
+
+class Evaluate(Section):
+    """Batch sampling over the evaluation prompts."""
+
+    sampling: Sampling = Sampling()
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Gate(Section):
+    """When a challenger becomes champion."""
+
+    wins_on: tuple[str, ...] = ("adherence_new", "adherence_heldout")
+    """The mean of these metrics must rise by ``min_gain`` at least."""
+    min_gain: float = 0.0
+    holds: tuple[str, ...] = ("adherence",)
+    """None of these may fall by more than ``max_loss``."""
+    max_loss: Annotated[float, Field(ge=0)] = 0.03
+
+
+class Registry(Section):
+    """MLflow."""
+
+    tracking_uri: str = "sqlite:///mlflow.db"
+    experiment: str = "ldm"
+    model: str = "ldm"
+    gate: Gate = Gate()
+
+
+class VaeTraining(Section):
+    """The autoencoder of ``ldm first-stage``."""
+
+    widths: tuple[Count, ...] = (16, 32, 64, 96)
+    layers_per_block: Count = 1
+    latent_channels: Count = 4
+    norm_groups: Count = 8
+    mid_attention: bool = False
+    seed: int = 0
+    steps: Count = 6000
+    warmup_steps: Count = 200
+    batch_size: Count = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1.5e-3
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-3
+    bf16: bool = True
+
+
+class ClipTraining(Section):
+    """The CLIP of ``ldm first-stage``; both towers share width, layers and heads."""
+
+    width: Count = 128
+    layers: Count = 3
+    heads: Count = 4
+    patch_size: Count = 8
+    max_tokens: Count = 40
+    vocabulary: Count = 4096
+    """Upper bound on the tokens of spaced scripts; every ideograph of the captions is added."""
+    seed: int = 0
+    steps: Count = 1500
+    warmup_steps: Count = 100
+    batch_size: Count = 192
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    bf16: bool = True
+
+
+class FirstStage(Section):
+    """VAE and CLIP from random weights, for a domain that the pretrained ones do not fit."""
+
+    vae: VaeTraining = VaeTraining()
+    clip: ClipTraining = ClipTraining()
+
+
+class Params(Section):
+    """All of ``params.yaml``."""
+
+    scenes: Scenes = Scenes()
+    ingest: Ingest = Ingest()
+    pretrained: Pretrained = Pretrained()
+    first_stage: FirstStage = FirstStage()
+    encode: Encode = Encode()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    registry: Registry = Registry()
+
+
+def load_params(source: str, overrides: list[str]) -> Params:
+    """Read a params file, or a preset by name, and apply ``section.key=value`` overrides.
+
+    Values in overrides are YAML. Raises :class:`UserError` naming file and key.
+    """
+    path = _locate(source)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not YAML ({reason})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of sections, is {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return _validated(Params, values, str(path))
+
+
+def with_changes(section: SectionKind, changes: dict[str, Any], where: str) -> SectionKind:
+    """A copy of a section with other values, checked; ``where`` names their origin in errors."""
+    return _validated(type(section), {**section.model_dump(), **changes}, where)
+
+
+def _validated(kind: type[SectionKind], values: dict[str, Any], where: str) -> SectionKind:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {key}: {_explain(first)}") from error
+
+
+def presets() -> dict[str, Path]:
+    """The shipped presets by name."""
+    folder = Path(str(resources.files("ldm") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _locate(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if source in presets():
+        return presets()[source]
+    known = ", ".join(presets())
+    raise UserError(f"{source}: no such params file, and no such preset (presets: {known})")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--set {override}: must be section.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {parent} is not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key; check the spelling or remove it"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]} (is {error['input']!r})"

@@ -1,0 +1,174 @@
+"""Cached latents to training batches, each a pure function of the seed and a step number.
+
+A run consumes *positions* 0, 1, 2, ...: position ``p`` is in epoch ``p // n`` and shows sample
+``order(epoch)[p % n]``. Posterior sample, noise, timestep and caption dropout come from a
+counter-based generator keyed by (seed, p). Worker, rank, batch split and process state play no
+part, so a run resumes from one integer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldm.artifacts import Manifest, opening
+from ldm.latents import (
+    ABOUT,
+    MOMENTS,
+    SAMPLE_MEMBERS,
+    STATES,
+    TEXT_MEMBERS,
+    TEXTS,
+    from_npy,
+    text_key,
+)
+from ldm.shards import ShardReader
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""Latents, noise, text states, timestep of one sample."""
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+TRAIN, VALIDATION, ORDER, TIMESTEPS = range(4)
+"""Streams of random numbers under one seed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step needs of n samples.
+
+    Float32 latents and noise (n, c, h, w), scaled; text states (n, tokens, width); int64 timesteps
+    (n,).
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    states: torch.Tensor
+    timesteps: torch.Tensor
+
+
+class LatentCache:
+    """One split of a latents artifact, by sample number."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.manifest: Manifest = opening(folder, "latents", "encode")
+        self.split = split
+        self.scaling_factor = float(self.manifest.config["scaling_factor"])
+        self.shift_factor = float(self.manifest.config["shift_factor"])
+        self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)
+        self._texts = ShardReader(folder, TEXTS, TEXT_MEMBERS)
+        self._keys = self._samples.keys
+        self._text_of = [
+            str(json.loads(self._samples.read(key, ABOUT))["text"]) for key in self._keys
+        ]
+        self._empty = text_key("")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def moments(self, sample: int) -> np.ndarray:
+        """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
+        return from_npy(self._samples.read(self._keys[sample], MOMENTS))
+
+    def states(self, sample: int, *, dropped: bool = False) -> np.ndarray:
+        """Hidden states of the sample's caption, or of the empty caption: (tokens, width)."""
+        key = self._empty if dropped else self._text_of[sample]
+        return from_npy(self._texts.read(key, STATES))
+
+    def latents(self, sample: int, rng: np.random.Generator) -> np.ndarray:
+        """A posterior sample, shifted and scaled to about unit variance: float32 (c, h, w)."""
+        mean, log_variance = np.split(self.moments(sample).astype(np.float32), 2)
+        spread = np.exp(0.5 * np.clip(log_variance, -30, 20))
+        drawn = mean + spread * rng.standard_normal(mean.shape, dtype=np.float32)
+        return (drawn - self.shift_factor) * self.scaling_factor
+
+
+class TrainingBatches(Dataset[Batch]):
+    """This process's share of every micro-batch of a run, by micro-batch number."""
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        seed: int,
+        batch_size: int,
+        timesteps: int,
+        caption_dropout: float,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        assert batch_size % processes == 0
+        self.cache, self.seed, self.batch_size = cache, seed, batch_size
+        self.timesteps, self.caption_dropout = timesteps, caption_dropout
+        self.rank, self.share = rank, batch_size // processes
+
+    def __getitem__(self, micro_batch: int) -> Batch:
+        first = micro_batch * self.batch_size + self.rank * self.share
+        return self.at(range(first, first + self.share))
+
+    def at(self, positions: range) -> Batch:
+        """The batch of these positions."""
+        return _stack([self._row(position) for position in positions])
+
+    def _row(self, position: int) -> Row:
+        epoch, place = divmod(position, len(self.cache))
+        sample = int(order(self.seed, epoch, len(self.cache))[place])
+        rng = counter_based(self.seed, TRAIN, position)
+        latents = self.cache.latents(sample, rng)
+        noise = rng.standard_normal(latents.shape, dtype=np.float32)
+        states = self.cache.states(sample, dropped=bool(rng.random() < self.caption_dropout))
+        return latents, noise, states, spread_timestep(self.seed, position, self.timesteps)
+
+
+def validation_batches(
+    cache: LatentCache, *, seed: int, batch_size: int, timesteps: int, draws: int = 4
+) -> Iterator[Batch]:
+    """Every sample ``draws`` times at spread timesteps, always the same ones; nothing dropped."""
+    total = len(cache) * draws
+    for start in range(0, total, batch_size):
+        rows = []
+        for position in range(start, min(start + batch_size, total)):
+            rng = counter_based(seed, VALIDATION, position)
+            latents = cache.latents(position % len(cache), rng)
+            noise = rng.standard_normal(latents.shape, dtype=np.float32)
+            timestep = spread_timestep(seed, position, timesteps)
+            rows.append((latents, noise, cache.states(position % len(cache)), timestep))
+        yield _stack(rows)
+
+
+def _stack(rows: list[Row]) -> Batch:
+    latents, noise, states, timesteps = zip(*rows, strict=True)
+    return Batch(
+        torch.from_numpy(np.stack(latents)),
+        torch.from_numpy(np.stack(noise)),
+        torch.from_numpy(np.stack(states).astype(np.float32)),
+        torch.tensor(timesteps),
+    )
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """The permutation of an epoch: int64 (samples,)."""
+    return counter_based(seed, ORDER, epoch).permutation(samples)
+
+
+def spread_timestep(seed: int, position: int, timesteps: int) -> int:
+    """A timestep in [0, timesteps), uniform over positions.
+
+    Multiples of the golden ratio modulo 1 from a random start: any run of positions covers the
+    range more evenly than independent draws, which lowers the variance of a batch's loss.
+    """
+    start = counter_based(seed, TIMESTEPS, 0).random()
+    return int((start + position * GOLDEN) % 1.0 * timesteps)
+
+
+def counter_based(seed: int, stream: int, counter: int) -> np.random.Generator:
+    """An independent generator for each (seed, stream, counter)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, counter, 0]))

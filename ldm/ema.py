@@ -1,0 +1,40 @@
+"""Exponential moving average of weights."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Ema:
+    """Keeps an average of a module's parameters in float32, on their device.
+
+    The decay rises with the number of updates, ``min(decay, (1 + n) / (10 + n))``, so that a short
+    run is not held at its start (as in TensorFlow's ``ExponentialMovingAverage``).
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float, updates: int = 0) -> None:
+        self.decay, self.updates = decay, updates
+        self.average = {
+            name: parameter.detach().float().clone()
+            for name, parameter in module.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Move the average towards the module's present weights."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        present = dict(module.named_parameters())
+        torch._foreach_lerp_(
+            list(self.average.values()),
+            [present[name].detach().float() for name in self.average],
+            weight,
+        )
+
+    @torch.no_grad()
+    def swap(self, module: torch.nn.Module) -> None:
+        """Exchange the module's weights and the average; a second call undoes the first."""
+        for name, parameter in module.named_parameters():
+            held = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(held)

@@ -1,0 +1,160 @@
+"""Batch sampling over the evaluation prompts, judged by a reader that is no part of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.artifacts import digest_file, opening, write_json, write_whole, writing
+from ldm.clip_score import clip_scores
+from ldm.config import Evaluate, Pretrained
+from ldm.device import device_of
+from ldm.errors import UserError
+from ldm.grid import captioned_grid
+from ldm.images import encode_png
+from ldm.models import Source, load_clip, locate, locate_clip
+from ldm.progress import progress, say
+from ldm.sampling import Painter, Request
+from ldm.scenes.lists import read_description
+from ldm.scenes.reader import mismatch, read_scene
+from ldm.text import tokenize
+
+GROUPS = {"known": "adherence", "new": "adherence_new", "heldout": "adherence_heldout"}
+"""Prompt group to metric: the share of its pictures that show exactly what was asked."""
+GRID_A_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line of ``prompts.jsonl``; ``seed`` is the picture's own."""
+
+    prompt: str
+    group: str
+    english: str
+    scene: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's pictures, uint8 (n, h, w, 3), and what is wrong with each (None: nothing)."""
+
+    pixels: np.ndarray
+    faults: list[str | None]
+
+    def adherence(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """The share of faultless pictures of each group, by metric."""
+        rates = {}
+        for group, metric in GROUPS.items():
+            faults = [
+                f for f, prompt in zip(self.faults, prompts, strict=True) if prompt.group == group
+            ]
+            rates[metric] = round(sum(fault is None for fault in faults) / max(1, len(faults)), 4)
+        return rates
+
+
+def evaluate(
+    config: Evaluate, pretrained: Pretrained, model: Path, prompts_file: Path, out: Path
+) -> None:
+    """Draw every prompt with the trained model and with the starting one, judge and compare.
+
+    Writes ``metrics.json``, ``samples.png`` (captioned grid), ``samples.jsonl`` (a line a prompt)
+    and the pictures, ``model/NNN.png`` and ``start/NNN.png``.
+    """
+    trained = opening(model, "model", "train")
+    prompts = read_prompts(prompts_file, config.sampling.seed)
+    start = locate(pretrained.pipeline, pretrained.revision)
+    inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}
+    with writing(
+        out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
+    ) as fresh:
+        judged = _judge(config, Source(str(model)), prompts, "evaluate model")
+        before = _judge(config, start, prompts, "evaluate start")
+        metrics = {
+            **judged.adherence(prompts),
+            "clip_score": _clip_score(pretrained, prompts, judged.pixels),
+            "val_loss": _last_val_loss(model),
+            "start": {
+                **before.adherence(prompts),
+                "clip_score": _clip_score(pretrained, prompts, before.pixels),
+            },
+        }
+        write_json(fresh / "metrics.json", metrics)
+        _write_samples(fresh, prompts, judged, before)
+    say(
+        f"evaluate: adherence {metrics['adherence']:.2f}, new {metrics['adherence_new']:.2f}, "
+        f"held out {metrics['adherence_heldout']:.2f} -> {out}"
+    )
+
+
+def read_prompts(path: Path, seed: int) -> list[Prompt]:
+    """The evaluation prompts; picture ``i`` is drawn with seed ``seed + i``."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `ldm scenes` to write it")
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            prompts.append(Prompt(**json.loads(line), seed=seed + number - 1))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}:{number}: is not an evaluation prompt ({error})") from error
+    return prompts
+
+
+def gloss(prompt: Prompt) -> str:
+    """The prompt in Latin letters: Chinese ones by their English wording, marked."""
+    return prompt.prompt if prompt.prompt.isascii() else f"[zh] {prompt.english}"
+
+
+def _judge(config: Evaluate, source: Source, prompts: Sequence[Prompt], what: str) -> Judged:
+    painter = Painter.load(source, config.compute)
+    requests = [Request(prompt.prompt, prompt.seed) for prompt in prompts]
+    drawn = painter.draw(requests, config.sampling)
+    pixels = np.stack(list(progress(drawn, what, len(requests), "pictures")))
+    faults = [
+        mismatch(read_scene(picture), read_description(prompt.scene))
+        for picture, prompt in zip(pixels, prompts, strict=True)
+    ]
+    return Judged(pixels, faults)
+
+
+def _clip_score(pretrained: Pretrained, prompts: Sequence[Prompt], pixels: np.ndarray) -> float:
+    tokenizer, clip = load_clip(locate_clip(pretrained.clip, pretrained.clip_revision))
+    device = device_of()
+    ids = tokenize(tokenizer, [prompt.prompt for prompt in prompts])
+    return round(float(clip_scores(clip.to(device), pixels, ids, device).mean()), 3)
+
+
+def _last_val_loss(model: Path) -> float:
+    lines = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
+    return float([line["val_loss"] for line in lines if "val_loss" in line][-1])
+
+
+def _write_samples(fresh: Path, prompts: Sequence[Prompt], judged: Judged, before: Judged) -> None:
+    for name, pictures in (("model", judged.pixels), ("start", before.pixels)):
+        (fresh / name).mkdir()
+        for number, pixels in enumerate(pictures):
+            (fresh / name / f"{number:03d}.png").write_bytes(encode_png(pixels))
+    lines = [
+        json.dumps({**asdict(prompt), "fault": fault, "start_fault": earlier}, ensure_ascii=False)
+        for prompt, fault, earlier in zip(prompts, judged.faults, before.faults, strict=True)
+    ]
+    write_whole(fresh / "samples.jsonl", ("\n".join(lines) + "\n").encode())
+    shown = [
+        number
+        for group in GROUPS
+        for number in [i for i, prompt in enumerate(prompts) if prompt.group == group][
+            :GRID_A_GROUP
+        ]
+    ]
+    grid = captioned_grid(
+        [judged.pixels[i] for i in shown],
+        [gloss(prompts[i]) for i in shown],
+        [judged.faults[i] is None for i in shown],
+        columns=GRID_A_GROUP,
+    )
+    write_whole(fresh / "samples.png", encode_png(grid))

@@ -1,0 +1,106 @@
+"""Training CLIP: captions and pictures into one space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from ldm.clip_score import embed_pictures, embed_texts
+from ldm.config import ClipTraining
+from ldm.first_stage.vae import Batches
+from ldm.progress import progress
+from ldm.schedule import cosine_with_warmup
+from ldm.text import tokenize
+
+
+def build_clip(config: ClipTraining, tokenizer: CLIPTokenizer, image_size: int) -> CLIPModel:
+    """An untrained CLIP of two equal towers."""
+    tower = {
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "projection_dim": config.width,
+    }
+    text = CLIPTextConfig(
+        **tower,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=config.max_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(**tower, image_size=image_size, patch_size=config.patch_size)
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.width
+        )
+    )
+    # Tokens that no training caption holds keep their first value; at CLIP's own 0.02 they would
+    # drown beside trained ones, and a later word built from them would hardly be told apart.
+    torch.nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.2)
+    return clip
+
+
+def train_clip(
+    config: ClipTraining,
+    tokenizer: CLIPTokenizer,
+    pictures: Batches,
+    captions: Sequence[str],
+    image_size: int,
+    device: torch.device,
+) -> CLIPModel:
+    """Train with the symmetric contrastive loss (CLIP, arXiv:2103.00020, figure 3)."""
+    torch.manual_seed(config.seed)
+    clip = build_clip(config, tokenizer, image_size).to(device).train()
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(clip), lr=config.learning_rate, betas=(0.9, 0.98)
+    )
+    tokens = tokenize(tokenizer, captions)
+    rng = np.random.default_rng(config.seed)
+    bar = progress(range(config.steps), "clip", config.steps, "steps")
+    for step in bar:
+        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        chosen = rng.integers(len(captions), size=config.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            seen = embed_pictures(clip, pictures(chosen), device)
+            said = embed_texts(clip, tokens[chosen], device)
+        logits = clip.logit_scale.exp().clamp(max=100) * said.float() @ seen.float().T
+        target = torch.arange(len(chosen), device=device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return clip.eval()
+
+
+def _parameter_groups(clip: CLIPModel) -> list[dict[str, object]]:
+    """Matrices decay; gains, biases and embeddings (see :func:`build_clip`) do not."""
+    decayed = [p for name, p in clip.named_parameters() if p.ndim > 1 and "embedding" not in name]
+    names = {id(p) for p in decayed}
+    kept = [p for p in clip.parameters() if id(p) not in names]
+    return [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def retrieval(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    pixels: np.ndarray,
+    captions: Sequence[str],
+    device: torch.device,
+) -> float:
+    """Share of pictures whose own caption scores highest among all given ones."""
+    seen = embed_pictures(clip, pixels, device)
+    said = embed_texts(clip, tokenize(tokenizer, captions), device)
+    best = (seen @ said.T).argmax(dim=1).cpu()
+    return float((best == torch.arange(len(best))).float().mean())

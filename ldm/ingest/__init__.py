@@ -1,0 +1,6 @@
+"""Lists of (URL, caption) to verified, deduplicated shards of pictures.
+
+``stage`` is the way in; the other files are its parts, in order: ``rows``, ``fetch`` (with
+``download``, ``resizer`` and ``pictures`` in the processes that it starts), ``reasons``,
+``repack``, ``report``.
+"""

@@ -1,0 +1,178 @@
+"""Rows to img2dataset's shards: run it as a child process, watch it, never trust its exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import Ingest
+from ldm.errors import UserError
+from ldm.ingest.rows import Row, ascii_url
+from ldm.progress import progress
+
+POSITION = "position"
+"""Column of img2dataset's tables: index into the rows that were asked for."""
+
+SHARDS_A_PROCESS = 4
+"""img2dataset starts a process afresh after five shards, which costs seconds."""
+SHARD_ROWS = (100, 2000)
+"""Fewest and most rows in a shard of img2dataset's."""
+
+POLL_S = 0.2
+PATIENCE_S = 120
+"""How long start-up may take, and how much longer than its timeouts allow a shard may."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of img2dataset: ``rows`` in shards of ``shard_rows`` into ``folder``."""
+
+    rows: int
+    shard_rows: int
+    folder: Path
+    log: Path
+    patience_s: float
+    """Longest time without a finished shard."""
+
+    @property
+    def shards(self) -> int:
+        """How many shards that makes."""
+        return math.ceil(self.rows / self.shard_rows)
+
+    def rows_in(self, shard: int) -> int:
+        """The last shard has what is left over."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
+    def finished(self) -> set[int]:
+        """Numbers of the finished shards: their statistics are written last."""
+        return {int(path.name.partition("_")[0]) for path in self.folder.glob("*_stats.json")}
+
+
+def fetch(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> Path:
+    """Download, crop and re-encode the rows' pictures; returns the folder of img2dataset's shards.
+
+    Shows a progress bar. img2dataset's own words go to ``log``. Raises :class:`UserError` naming
+    the log when it fails, stands still or leaves a shard out.
+    """
+    source = scratch / "list.parquet"
+    _write_list(source, rows)
+    job = _plan(len(rows), scratch / "shards", log, config)
+    with _running(_settings(source, job, config), log) as child:
+        for _ in progress(watch(child, job), "ingest", len(rows), "rows"):
+            pass
+    return job.folder
+
+
+def _plan(rows: int, folder: Path, log: Path, config: Ingest) -> Job:
+    fewest, most = SHARD_ROWS
+    even = math.ceil(rows / (config.processes * SHARDS_A_PROCESS))
+    shard_rows = min(max(even, fewest), most)
+    attempts_s = config.timeout_s * (config.retries + 1)
+    patience_s = PATIENCE_S + attempts_s * math.ceil(shard_rows / config.threads)
+    return Job(rows, shard_rows, folder, log, patience_s)
+
+
+def _write_list(path: Path, rows: Sequence[Row]) -> None:
+    """Captions stay here: img2dataset turns some of them into others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    urls = [ascii_url(row.url) for row in rows]
+    pq.write_table(pa.table({"url": urls, POSITION: range(len(rows))}), path)
+
+
+def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
+    """Arguments of ``img2dataset.download``."""
+    return {
+        "url_list": str(source),
+        "input_format": "parquet",
+        "save_additional_columns": [POSITION],
+        "output_folder": str(job.folder),
+        "output_format": "webdataset",
+        "incremental_mode": "incremental",  # "overwrite" deletes its own temporary folder
+        "image_size": config.image_size,
+        "resize_mode": "center_crop",
+        "resize_only_if_bigger": False,
+        "encode_format": config.image_format,
+        "encode_quality": 6 if config.image_format == "png" else config.quality,
+        "compute_hash": None,
+        "extract_exif": False,
+        "number_sample_per_shard": job.shard_rows,
+        "processes_count": min(config.processes, job.shards),
+        "thread_count": config.threads,
+        "timeout": config.timeout_s,
+        "retries": config.retries,
+        "user_agent_token": "ldm",
+        "enable_wandb": False,
+    }
+
+
+@contextmanager
+def _running(settings: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """img2dataset with its workers, in a session of their own that ends with the block."""
+    local = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost")))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "no_proxy": local,
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+    }
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "ldm.ingest.download"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        ) as child,
+    ):
+        try:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(settings).encode() + b"\n")
+            child.stdin.flush()
+            yield child
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def watch(child: subprocess.Popen[bytes], job: Job) -> Iterator[None]:
+    """Yield once a finished row, in leaps of a shard, until the child ends.
+
+    Raises :class:`UserError` when it fails, stands still or leaves a shard out.
+    """
+    done: set[int] = set()
+    last = time.monotonic()
+    while True:
+        ended = child.poll() is not None
+        for shard in sorted(job.finished() - done):
+            done.add(shard)
+            last = time.monotonic()
+            yield from (None for _ in range(job.rows_in(shard)))
+        if ended:
+            break
+        if time.monotonic() - last > job.patience_s:
+            raise UserError(
+                f"img2dataset: no progress for {job.patience_s:.0f} s; read {job.log}, try again"
+            )
+        time.sleep(POLL_S)
+    missing = job.shards - len(done)
+    if child.returncode or missing:
+        raise UserError(
+            f"img2dataset: ended with status {child.returncode}, {missing} of {job.shards} shards "
+            f"missing; {job.log} says why"
+        )

@@ -1,0 +1,93 @@
+"""The stage: lists in, verified shards of pictures out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ldm.artifacts import digest_file, write_json, write_whole, writing
+from ldm.config import Ingest
+from ldm.ingest.fetch import fetch
+from ldm.ingest.repack import Fetched, repack, results
+from ldm.ingest.report import expect_yield, line, report, table
+from ldm.ingest.rows import Row, Skip, read_list, sort_out
+from ldm.progress import say
+from ldm.scenes.lists import ORIGIN
+from ldm.scenes.origin import serving_scenes
+
+SPLITS = ("train", "validation")
+
+NOT_IN_BYTES = frozenset(
+    {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield"}
+)
+"""Settings of how pictures are fetched, not of what is written of them."""
+
+
+def ingest(config: Ingest, data: Path, out: Path) -> None:
+    """Fetch the pictures that ``data/train.csv`` and ``data/validation.csv`` name into ``out``.
+
+    ``out`` becomes a directory of kind ``images``: ``SPLIT-NNNNN.tar`` with one sample a kept
+    row, ``report.json`` with counts and ``skipped.csv`` with every row left out and why. What
+    img2dataset says stays in a hidden log beside ``out``.
+
+    Raises :class:`UserError` when a list is unusable, the download fails, or less than
+    ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
+    """
+    paths = {split: data / f"{split}.csv" for split in SPLITS}
+    rows = {split: read_list(path, split) for split, path in paths.items()}
+    sizes = {split: len(rows[split]) for split in SPLITS}
+    inputs = {path.name: digest_file(path) for path in paths.values()}
+    sorted_out = [sort_out(rows[split]) for split in SPLITS]
+    wanted = [row for usable, _ in sorted_out for row in usable]
+    skipped = [skip for _, unusable in sorted_out for skip in unusable]
+    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    with (
+        _scratch(out) as scratch,
+        writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh,
+    ):
+        pictures = _fetched(wanted, scratch, out.parent / f".{out.name}.log", config)
+        kept, refused = repack(wanted, pictures, fresh, config)
+        counts.update(kept)
+        skipped = _in_list_order(skipped + refused)
+        for split in SPLITS:
+            own = [skip for skip in skipped if skip.row.split == split]
+            expect_yield(paths[split], sizes[split], counts[split], own, config.min_yield)
+        summary = report(sizes, counts, skipped)
+        write_json(fresh / "report.json", summary)
+        write_whole(fresh / "skipped.csv", table(skipped))
+    say(line(summary, out))
+
+
+def _fetched(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> dict[int, Fetched]:
+    """Results by index of ``rows``; the embedded scenes are served if any row wants one."""
+    if not rows:
+        return {}
+    embedded = any(row.url.startswith(f"{ORIGIN}/") for row in rows)
+    with serving_scenes() if embedded and config.serve_scenes else nullcontext():
+        folder = fetch(rows, scratch, log, config)
+    return results(folder, config.image_format)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that is gone after the block."""
+    folder = out.parent / f".{out.name}.scratch"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lasting(config: Ingest) -> dict[str, Any]:
+    """The settings that decide the output's bytes."""
+    without = NOT_IN_BYTES | ({"quality"} if config.image_format == "png" else set())
+    return {key: value for key, value in config.as_dict().items() if key not in without}
+
+
+def _in_list_order(skipped: Sequence[Skip]) -> list[Skip]:
+    return sorted(skipped, key=lambda skip: (SPLITS.index(skip.row.split), skip.row.number))

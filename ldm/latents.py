@@ -1,0 +1,48 @@
+"""The format of the latents artifact: member names, keys, arrays as bytes.
+
+``SPLIT-*.tar`` holds per sample ``moments.npy`` (2 x channels, height, width), the posterior's mean
+above its log-variance, unscaled, and ``json`` {caption, text}; ``texts-*.tar`` holds per distinct
+caption ``states.npy`` (tokens, width) and ``ids.npy`` (tokens,) under the key that ``text`` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from functools import lru_cache
+
+import numpy as np
+
+MOMENTS, ABOUT, STATES, IDS = "moments.npy", "json", "states.npy", "ids.npy"
+SAMPLE_MEMBERS = frozenset({MOMENTS, ABOUT})
+TEXT_MEMBERS = frozenset({STATES, IDS})
+TEXTS = "texts"
+
+
+def text_key(caption: str) -> str:
+    """The key of a caption's states: half of its sha256."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def to_npy(values: np.ndarray) -> bytes:
+    """An array as the bytes of a ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def from_npy(content: bytes) -> np.ndarray:
+    """The array in the bytes of a ``.npy`` file, read-only; equal headers are parsed once."""
+    size = 10 + int.from_bytes(content[8:10], "little")
+    shape, dtype = _header(content[:size])
+    return np.frombuffer(content, dtype, offset=size).reshape(shape)
+
+
+@lru_cache(maxsize=16)
+def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    assert version == (1, 0), version
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    assert not fortran_order and not dtype.hasobject
+    return shape, dtype

@@ -1,0 +1,1 @@
+"""The embedded pipeline ``tiny``; see its README.md."""

@@ -1,0 +1,126 @@
+"""The lists under ``data/``: URL pairs for training and validation, prompts for evaluation.
+
+Everything is drawn from :mod:`random` with fixed seeds, so the bytes are the same on any machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ldm.artifacts import write_whole
+from ldm.scenes.captions import caption, plain_caption
+from ldm.scenes.world import (
+    BLOB,
+    KNOWN_SHAPES,
+    SHAPES,
+    Description,
+    Kind,
+    Scene,
+    describe,
+    lay_out,
+)
+
+ORIGIN = "http://127.0.0.1:8964"
+"""Where the embedded origin serves; the lists name it."""
+
+WORLDS = {"retrain": SHAPES, "scratch": (*KNOWN_SHAPES, BLOB)}
+"""Shapes of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made from."""
+
+BAD_ROWS = ("missing", "html", "truncated", "duplicate", "empty-caption")
+BAD_SHARE = 0.02
+PROMPTS_A_GROUP = 80
+
+
+def scene_of(world: str, split: str, row: int) -> tuple[Description, Scene]:
+    """The description and layout behind a row: a pure function of its name."""
+    rng = random.Random(f"{world}/{split}/{row}")
+    description = _until(rng, WORLDS[world], lambda found: not found.held_out)
+    return description, lay_out(description, rng)
+
+
+def caption_of(world: str, split: str, row: int) -> str:
+    """A row's caption, in one of the wordings."""
+    description, _ = scene_of(world, split, row)
+    return caption(description, random.Random(f"{world}/{split}/{row}/caption"))
+
+
+def write_lists(folder: Path, world: str, rows: int, validation_rows: int) -> None:
+    """Write ``train.csv``, ``validation.csv`` (url, caption) and ``prompts.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", rows), ("validation", validation_rows)):
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("url", "caption"))
+        table.writerows(_rows(world, split, count))
+        write_whole(folder / f"{split}.csv", text.getvalue().encode())
+    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts()]
+    write_whole(folder / "prompts.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def _rows(world: str, split: str, count: int) -> Iterator[tuple[str, str]]:
+    rng = random.Random(f"{world}/{split}/bad rows")
+    for row in range(count):
+        url, words = f"{ORIGIN}/{world}/{split}/{row:06d}.png", caption_of(world, split, row)
+        bad = rng.choice(BAD_ROWS) if rng.random() < BAD_SHARE and row > 0 else None
+        if bad == "duplicate":
+            earlier = rng.randrange(row)
+            yield f"{ORIGIN}/{world}/{split}/{earlier:06d}.png", caption_of(world, split, earlier)
+        elif bad == "empty-caption":
+            yield url, ""
+        elif bad is not None:
+            yield url.replace(".png", f".{bad}.jpg"), words
+        else:
+            yield url, words
+
+
+def prompts() -> list[dict[str, Any]]:
+    """The evaluation prompts: distinct, a third each ``known``, ``new`` and ``heldout``.
+
+    A quarter is Chinese. ``heldout`` prompts name a held-out pair or relation, of known and new
+    shapes alike; the others name none. Each carries its description for the scene reader.
+    """
+    groups: dict[str, tuple[tuple[str, ...], Callable[[Description], bool]]] = {
+        "known": (KNOWN_SHAPES, lambda found: not found.held_out),
+        "new": (SHAPES, lambda found: found.has_new_shape and not found.held_out),
+        "heldout": (SHAPES, lambda found: found.held_out),
+    }
+    drawn: list[dict[str, Any]] = []
+    for group, (shapes, wanted) in groups.items():
+        rng, seen = random.Random(f"prompts/{group}"), set()
+        while len(seen) < PROMPTS_A_GROUP:
+            description = _until(rng, shapes, wanted)
+            if description in seen:
+                continue
+            chinese = len(seen) % 4 == 3
+            seen.add(description)
+            drawn.append(
+                {
+                    "prompt": caption(description, rng, chinese),
+                    "group": group,
+                    "english": plain_caption(description),
+                    "scene": asdict(description),
+                }
+            )
+    return drawn
+
+
+def read_description(value: dict[str, Any]) -> Description:
+    """The :class:`Description` written by :func:`prompts`."""
+    second = Kind(**value["second"]) if value["second"] else None
+    return Description(**{**value, "first": Kind(**value["first"]), "second": second})
+
+
+def _until(
+    rng: random.Random, shapes: tuple[str, ...], wanted: Callable[[Description], bool]
+) -> Description:
+    while True:
+        description = describe(rng, shapes)
+        if wanted(description):
+            return description

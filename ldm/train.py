@@ -1,0 +1,313 @@
+"""Training the UNet on cached latents, on any number of processes, resumable from one integer.
+
+``ldm train`` runs this module under ``accelerate launch``. Killed and started again with the same
+settings and inputs, it goes on from the newest whole checkpoint of its run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ldm import checkpoint
+from ldm.artifacts import digest_json, write_whole, writing
+from ldm.config import Pretrained, Train
+from ldm.data import Batch, LatentCache, TrainingBatches, validation_batches
+from ldm.diffusion import add_noise, alphas_cumprod, min_snr_weights, target
+from ldm.ema import Ema
+from ldm.errors import UserError
+from ldm.models import digest_weights, load_scheduler_config, load_unet, locate
+from ldm.pipeline_folder import save_pipeline
+from ldm.progress import progress, say
+from ldm.schedule import cosine_with_warmup
+from ldm.unet import random_unet
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Noise schedule, prediction type and loss weights of a training."""
+
+    prediction: str
+    abar: torch.Tensor
+    weights: torch.Tensor
+
+    def loss(self, unet: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Weighted squared error of each sample, mean over its elements: float32 (n,)."""
+        noisy = add_noise(self.abar, batch.latents, batch.noise, batch.timesteps)
+        wanted = target(self.prediction, self.abar, batch.latents, batch.noise, batch.timesteps)
+        output = unet(noisy, batch.timesteps, batch.states, return_dict=False)[0]
+        error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
+        return error * self.weights.to(error)[batch.timesteps]
+
+
+def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs: Path) -> None:
+    """Train and write a pipeline folder with the averaged weights to ``out``.
+
+    Checkpoints and ``log.jsonl`` go to a folder of ``runs`` named by a digest of the settings, the
+    latents and the starting weights.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+    )
+    _check_batch(config, accelerator.num_processes)
+    cache, held_out = LatentCache(latents, "train"), LatentCache(latents, "validation")
+    _check_encoders(cache, pretrained)
+    unet, schedule = starting_point(config, pretrained, cache)
+    inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
+    settings = settings_of_result(config)
+    run = runs / digest_json({"config": settings, "inputs": inputs})[:12]
+    objective = _objective(config, schedule)
+    unet, ema = _optimize(accelerator, config, objective, cache, held_out, unet, run)
+    if accelerator.is_main_process:
+        ema.swap(unet)
+        counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
+        log = (run / LOG).read_bytes()
+        with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
+            save_pipeline(fresh, locate(pretrained.pipeline, pretrained.revision), unet, schedule)
+            write_whole(fresh / LOG, log)
+        last = [json.loads(line) for line in log.splitlines() if b"val_loss" in line][-1]
+        say(f"train: {config.steps} steps, val_loss {last['val_loss']:.4f} -> {out}")
+    accelerator.wait_for_everyone()
+
+
+def settings_of_result(config: Train) -> dict[str, Any]:
+    """The settings that decide the result; where and how often to save do not."""
+    how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
+    return {key: value for key, value in config.as_dict().items() if key not in how}
+
+
+def starting_point(
+    config: Train, pretrained: Pretrained, cache: LatentCache
+) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    """The UNet to start from and the scheduler configuration it goes with."""
+    if config.init != "random":
+        source = locate(pretrained.pipeline, pretrained.revision)
+        if config.init != "pretrained":
+            source = locate(config.init)
+        return load_unet(source), load_scheduler_config(source)
+    torch.manual_seed(config.seed)
+    channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
+    unet = random_unet(
+        config.unet,
+        latent_channels=channels,
+        latent_size=side,
+        text_width=cache.states(0).shape[-1],
+    )
+    schedule = {
+        "num_train_timesteps": config.noise.train_timesteps,
+        "beta_schedule": config.noise.beta_schedule,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": config.noise.prediction,
+        "timestep_spacing": "trailing",
+    }
+    return unet, schedule
+
+
+def _check_batch(config: Train, processes: int) -> None:
+    if config.batch_size % (processes * config.accumulation):
+        raise UserError(
+            f"train.batch_size: {config.batch_size} cannot be shared by {processes} processes with "
+            f"accumulation {config.accumulation}; make it a multiple of their product"
+        )
+
+
+def _check_encoders(cache: LatentCache, pretrained: Pretrained) -> None:
+    """Latents of another autoencoder would train without an error, towards nothing."""
+    from ldm.models import load_text_encoder, load_vae
+
+    source = locate(pretrained.pipeline, pretrained.revision)
+    found = {
+        "vae": digest_weights(load_vae(source)),
+        "text_encoder": digest_weights(load_text_encoder(source)[1]),
+    }
+    for part, digest in found.items():
+        if cache.manifest.inputs[part] != digest:
+            raise UserError(
+                f"{cache.manifest.path}: was encoded with another {part} than that of "
+                f"{pretrained.pipeline}; run `ldm encode` again"
+            )
+
+
+def _objective(config: Train, schedule: dict[str, Any]) -> Objective:
+    abar = alphas_cumprod(schedule)
+    prediction = schedule["prediction_type"]
+    return Objective(prediction, abar, min_snr_weights(prediction, abar, config.min_snr_gamma))
+
+
+def _optimize(
+    accelerator: Accelerator,
+    config: Train,
+    objective: Objective,
+    cache: LatentCache,
+    held_out: LatentCache,
+    unet: UNet2DConditionModel,
+    run: Path,
+) -> tuple[UNet2DConditionModel, Ema]:
+    unet = unet.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    prepared, optimizer = accelerator.prepare(unet, optimizer)
+    ema = Ema(unet, config.ema_decay)
+    first = _resume(run, unet, ema, optimizer)
+    log = _Log(run / LOG, first, accelerator.is_main_process)
+    batches = _loader(accelerator, config, cache, len(objective.abar), first)
+    steps = range(first, config.steps)
+    bar = progress(steps, "train", config.steps, "steps", done=first)
+    bar.disable = not accelerator.is_main_process
+    for step in bar:
+        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        loss = _step(accelerator, config, objective, prepared, optimizer, batches)
+        ema.update(unet)
+        done = step + 1
+        if done % config.log_every == 0:
+            log.write({"step": done, "loss": round(float(loss), 6), "lr": group["lr"]})
+            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+        if done % config.validate_every == 0 or done == config.steps:
+            log.write(
+                {
+                    "step": done,
+                    "val_loss": round(
+                        _validate(accelerator, config, objective, held_out, unet, ema), 6
+                    ),
+                }
+            )
+        if (
+            done % config.checkpoint_every == 0 or done == config.steps
+        ) and accelerator.is_main_process:
+            state = checkpoint.Checkpoint(
+                done, unet.state_dict(), ema.average, checkpoint.optimizer_tensors(optimizer)
+            )
+            checkpoint.save(run, state, config.keep_checkpoints)
+    return unet, ema
+
+
+def _step(
+    accelerator: Accelerator,
+    config: Train,
+    objective: Objective,
+    unet: torch.nn.Module,
+    optimizer: Any,
+    batches: Any,
+) -> torch.Tensor:
+    """One optimizer step over ``accumulation`` micro-batches; the mean loss."""
+    total = torch.zeros((), device=accelerator.device)
+    for _ in range(config.accumulation):
+        batch = _to_device(next(batches), accelerator.device)
+        with accelerator.accumulate(unet), accelerator.autocast():
+            loss = objective.loss(unet, batch).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        total += loss.detach() / config.accumulation
+    return accelerator.reduce(total, "mean")
+
+
+def _loader(
+    accelerator: Accelerator, config: Train, cache: LatentCache, timesteps: int, first: int
+) -> Any:
+    """Micro-batches from ``first`` on. Not prepared: each process already reads only its share."""
+    batches = TrainingBatches(
+        cache,
+        seed=config.seed,
+        batch_size=config.batch_size // config.accumulation,
+        timesteps=timesteps,
+        caption_dropout=config.caption_dropout,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    micro_batches = range(first * config.accumulation, config.steps * config.accumulation)
+    return iter(
+        DataLoader(batches, sampler=micro_batches, batch_size=None, num_workers=config.workers)
+    )
+
+
+@torch.no_grad()
+def _validate(
+    accelerator: Accelerator,
+    config: Train,
+    objective: Objective,
+    held_out: LatentCache,
+    unet: UNet2DConditionModel,
+    ema: Ema,
+) -> float:
+    """Mean loss of the averaged weights over the validation split, the same draws every time."""
+    ema.swap(unet)
+    unet.eval()
+    losses = []
+    for batch in validation_batches(
+        held_out, seed=config.seed, batch_size=config.batch_size, timesteps=len(objective.abar)
+    ):
+        with accelerator.autocast():
+            losses.append(objective.loss(unet, _to_device(batch, accelerator.device)).cpu())
+    unet.train()
+    ema.swap(unet)
+    return float(torch.cat(losses).mean())
+
+
+def _resume(run: Path, unet: UNet2DConditionModel, ema: Ema, optimizer: Any) -> int:
+    """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
+    found = checkpoint.newest(run)
+    if found is None:
+        run.mkdir(parents=True, exist_ok=True)
+        return 0
+    unet.load_state_dict(found.unet)
+    device = next(unet.parameters()).device
+    ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
+    ema.updates = found.step
+    checkpoint.restore_optimizer(optimizer, found.optimizer)
+    return found.step
+
+
+class _Log:
+    """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew."""
+
+    def __init__(self, path: Path, first: int, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        if writes:
+            lines = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in lines if line and json.loads(line)["step"] <= first]
+            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+
+    def write(self, entry: dict[str, Any]) -> None:
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        *(getattr(batch, name).to(device, non_blocking=True) for name in batch.__dataclass_fields__)
+    )
+
+
+def main() -> None:
+    """Entry of ``accelerate launch -m ldm.train``: one JSON argument, written by the launcher."""
+    request = json.loads(os.environ["LDM_TRAIN"])
+    train(
+        Train.model_validate(request["train"]),
+        Pretrained.model_validate(request["pretrained"]),
+        Path(request["latents"]),
+        Path(request["out"]),
+        Path(request["runs"]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Shared pieces: a pipeline of a few thousand random weights, and artifacts made with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTextModel
+
+from ldm.artifacts import writing
+from ldm.config import ClipTraining, Encode, Pretrained, UnetShape, VaeTraining
+from ldm.encode import encode
+from ldm.first_stage.clip import build_clip
+from ldm.first_stage.tokenizer import train_tokenizer
+from ldm.first_stage.vae import build_vae
+from ldm.images import encode_png
+from ldm.models import Source
+from ldm.pipeline_folder import save_pipeline
+from ldm.scenes.lists import caption_of, scene_of
+from ldm.scenes.render import draw
+from ldm.shards import ShardWriter
+from ldm.unet import random_unet
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small tensors gain nothing from a second thread, and results stay the same anywhere."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete pipeline folder in Stable Diffusion layout, with ``clip``, of random weights."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    vae: AutoencoderKL = build_vae(VaeTraining(widths=(8, 8, 8, 8), norm_groups=4), 64)
+    vae.save_pretrained(folder / "vae")
+    config = ClipTraining(width=16, layers=1, heads=2, patch_size=16, max_tokens=40)
+    captions = [caption_of("retrain", "train", row) for row in range(200)]
+    tokenizer = train_tokenizer(config, captions)
+    clip: CLIPModel = build_clip(config, tokenizer, 64)
+    clip.save_pretrained(folder / "clip")
+    for part in ("clip", "tokenizer"):
+        tokenizer.save_pretrained(folder / part)
+    CLIPTextModel.from_pretrained(folder / "clip").save_pretrained(folder / "text_encoder")
+    shape = UnetShape(widths=(16, 16), head_width=8, norm_groups=4)
+    unet = random_unet(shape, latent_channels=4, latent_size=8, text_width=16)
+    save_pipeline(folder, Source(str(folder)), unet, SCHEDULE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An images artifact of 48 training and 16 validation scenes, without a download."""
+    folder = tmp_path_factory.mktemp("artifacts") / "images"
+    counts = {"train": 48, "validation": 16}
+    settings = {"image_format": "png"}
+    with writing(folder, "images", config=settings, inputs={}, counts=counts) as fresh:
+        for split, count in counts.items():
+            with ShardWriter(fresh, split, 20) as shards:
+                for row in range(count):
+                    picture = encode_png(draw(scene_of("retrain", split, row)[1]))
+                    about = json.dumps({"caption": caption_of("retrain", split, row)})
+                    shards.write(f"{row:08d}", {"png": picture, "json": about.encode()})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, pipeline: Path) -> Path:
+    """The latents artifact of ``images`` under ``pipeline``."""
+    folder = tmp_path_factory.mktemp("artifacts") / "latents"
+    encode(Encode(batch_size=16), Pretrained(pipeline=str(pipeline)), images, folder)
+    return folder
+
+
+def scenes(split: str, count: int) -> np.ndarray:
+    """The first ``count`` scenes of a split: uint8 (count, 64, 64, 3)."""
+    return np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])

@@ -1,0 +1,109 @@
+"""Batches are a function of seed and position, whatever reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data import LatentCache, TrainingBatches, order, spread_timestep, validation_batches
+from ldm.encode import posterior_moments
+from ldm.errors import UserError
+from ldm.images import psnr, to_pixels
+from ldm.models import Source, load_text_encoder, load_vae
+from ldm.text import tokenize
+from tests.conftest import scenes
+
+
+def batches(cache: LatentCache, **changes: object) -> TrainingBatches:
+    settings = {"seed": 3, "batch_size": 8, "timesteps": 1000, "caption_dropout": 0.3}
+    return TrainingBatches(cache, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_ranks_share_a_batch_without_overlap(latents: Path) -> None:
+    cache = LatentCache(latents, "train")
+    whole = batches(cache)[5]
+    shares = [batches(cache, rank=rank, processes=4)[5] for rank in range(4)]
+    for name in ("latents", "noise", "states", "timesteps"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(s, name) for s in shares]))
+
+
+def test_any_position_can_be_read_first(latents: Path) -> None:
+    cache = LatentCache(latents, "train")
+    straight = [batches(cache)[number] for number in range(20)]
+    again = batches(LatentCache(latents, "train"))[19]
+    assert torch.equal(straight[19].latents, again.latents)
+    assert torch.equal(straight[19].noise, again.noise)
+    assert not torch.equal(straight[18].noise, straight[19].noise)
+
+
+def test_an_epoch_shows_every_sample_once() -> None:
+    assert sorted(order(1, 0, 100)) == list(range(100))
+    assert list(order(1, 0, 100)) != list(order(1, 1, 100)) != list(order(2, 1, 100))
+
+
+def test_timesteps_are_even_over_any_stretch() -> None:
+    drawn = np.array([spread_timestep(7, position, 1000) for position in range(512, 1024)])
+    counts, _ = np.histogram(drawn, bins=8, range=(0, 1000))
+    assert counts.min() >= 60 and counts.max() <= 68
+    assert drawn.min() >= 0 and drawn.max() <= 999
+
+
+def test_epochs_draw_different_posterior_samples(latents: Path) -> None:
+    cache = LatentCache(latents, "train")
+    first, second = (np.random.default_rng(seed) for seed in (1, 2))
+    assert not np.array_equal(cache.latents(0, first), cache.latents(0, second))
+
+
+def test_caption_dropout_shows_the_empty_caption(latents: Path, pipeline: Path) -> None:
+    cache = LatentCache(latents, "train")
+    tokenizer, text_encoder = load_text_encoder(Source(str(pipeline)))
+    with torch.no_grad():
+        empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state[0]
+    torch.testing.assert_close(torch.from_numpy(cache.states(0, dropped=True).copy()), empty)
+    states = torch.cat([batches(cache)[number].states for number in range(30)])
+    dropped = (states - empty).abs().amax(dim=(1, 2)) < 1e-6
+    assert 0.2 < dropped.float().mean() < 0.4
+    kept = batches(cache, caption_dropout=0.0)[0].states
+    assert ((kept - empty).abs().amax(dim=(1, 2)) > 1e-6).all()
+
+
+def test_cached_latents_are_those_of_the_encoder_scaled_once(latents: Path, pipeline: Path) -> None:
+    vae = load_vae(Source(str(pipeline)))
+    cache = LatentCache(latents, "validation")
+    pixels = scenes("validation", len(cache))
+    online = posterior_moments(vae, pixels, torch.device("cpu"))
+    for sample in range(len(cache)):
+        np.testing.assert_allclose(cache.moments(sample), online[sample], atol=1e-4)
+    mean = torch.from_numpy(online[:4, :4])
+
+    class Zero:
+        def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            return np.zeros(shape, dtype)
+
+    drawn = np.stack([cache.latents(sample, Zero()) for sample in range(4)])  # type: ignore[arg-type]
+    np.testing.assert_allclose(drawn / vae.config.scaling_factor, mean.numpy(), atol=1e-4)
+    with torch.no_grad():
+        from_cache = to_pixels(
+            vae.decode(torch.from_numpy(drawn) / vae.config.scaling_factor).sample
+        )
+        direct = to_pixels(vae.decode(mean).sample)
+    assert psnr(from_cache, direct).min() > 45
+
+
+def test_validation_repeats_itself(latents: Path) -> None:
+    cache = LatentCache(latents, "validation")
+    first, second = (
+        list(validation_batches(cache, seed=0, batch_size=24, timesteps=1000)) for _ in range(2)
+    )
+    assert sum(len(batch.timesteps) for batch in first) == 4 * len(cache)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.noise, other.noise) and torch.equal(one.timesteps, other.timesteps)
+
+
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(UserError, match=r"latents: has no manifest.json.*ldm encode"):
+        LatentCache(tmp_path / "latents", "train")

@@ -1,0 +1,60 @@
+"""The structure holds: who may import whom, and what is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"ingest", "first_stage", "encode", "train", "evaluate", "registry", "generate", "report"}
+HEAVY = {"torch", "diffusers", "transformers", "mlflow", "prefect", "pandas", "dvc", "numpy"}
+SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def stage_of(path: Path) -> str:
+    return path.relative_to(ROOT / "ldm").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    own = stage_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in {"prefect", "flows"}, f"{path} imports {name}"
+        if parts[0] == "mlflow":
+            assert own in {"registry", "tracking", "serving"}, f"{path} imports {name}"
+        if own in STAGES and parts[0] == "ldm" and len(parts) > 1:
+            assert parts[1] not in STAGES - {own} or (own, parts[1]) == ("report", "registry"), (
+                f"stage {own} imports stage {parts[1]}"
+            )
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [path for path in SOURCES if "util" in path.stem]
+
+
+def test_the_command_line_is_light() -> None:
+    for path in (ROOT / "ldm/cli.py", ROOT / "ldm/__init__.py", ROOT / "ldm/quiet.py"):
+        assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+    code = "import sys, ldm.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not HEAVY & set(loaded)

@@ -1,0 +1,81 @@
+"""Pictures depend on their own request, and on nothing around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ldm.config import Sampling
+from ldm.images import psnr
+from ldm.models import Source
+from ldm.sampling import SAMPLERS, Painter, Request
+
+
+@pytest.fixture(scope="module")
+def painter(pipeline: Path) -> Painter:
+    return Painter.load(Source(str(pipeline)))
+
+
+REQUESTS = [Request("a red circle", 1), Request("两个蓝色方形", 2), Request("a green star", 3)]
+QUICK = Sampling(steps=4)
+
+
+def pictures(painter: Painter, requests: list[Request], sampling: Sampling) -> np.ndarray:
+    return np.stack(list(painter.draw(requests, sampling)))
+
+
+def test_batch_and_order_do_not_matter(painter: Painter) -> None:
+    together = pictures(painter, REQUESTS, QUICK)
+    alone = pictures(painter, REQUESTS, QUICK.model_copy(update={"batch_size": 1}))
+    turned = pictures(painter, REQUESTS[::-1], QUICK)[::-1]
+    assert together.shape == (3, 64, 64, 3)
+    assert psnr(together, alone).min() > 50
+    assert psnr(together, turned).min() > 50
+
+
+def test_seed_prompt_negative_and_guidance_matter(painter: Painter) -> None:
+    base = pictures(painter, [Request("a red circle", 1)], QUICK)
+    for request in (
+        Request("a red circle", 2),
+        Request("a blue ring", 1),
+        Request("a red circle", 1, "blue"),
+    ):
+        assert not np.array_equal(base, pictures(painter, [request], QUICK))
+    unguided = QUICK.model_copy(update={"guidance": 1.0})
+    assert not np.array_equal(base, pictures(painter, [Request("a red circle", 1)], unguided))
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_gives_finite_latents(painter: Painter, sampler: str) -> None:
+    sampling = Sampling(sampler=sampler, steps=5)  # type: ignore[arg-type]
+    latents = painter.latents(REQUESTS, sampling)
+    assert latents.shape == (3, 4, 8, 8) and torch.isfinite(latents).all()
+
+
+def test_other_sizes(painter: Painter) -> None:
+    (wide,) = painter.draw(REQUESTS[:1], QUICK, height=32, width=96)
+    assert wide.shape == (32, 96, 3)
+
+
+def test_it_draws_what_diffusers_draws(painter: Painter, pipeline: Path) -> None:
+    """Same noise, prompt, guidance and steps through StableDiffusionPipeline."""
+    reference = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    reference.set_progress_bar_config(disable=True)
+    from ldm.sampling import make_scheduler
+
+    reference.scheduler = make_scheduler("dpm++", painter.schedule)
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    theirs = reference(
+        prompt_embeds=painter.text_states(["a red circle"]),
+        negative_prompt_embeds=painter.text_states([""]),
+        latents=noise,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images
+    ours = pictures(painter, REQUESTS[:1], QUICK)
+    assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40

@@ -1,0 +1,103 @@
+"""The trainer as it is used: launched, killed, launched again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from ldm.artifacts import opening
+from ldm.config import Pretrained, Train
+from ldm.errors import UserError
+from ldm.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 6, "log_every": 2}
+
+
+def run_here(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Path:
+    config = Train.model_validate({**SHORT, "mixed_precision": "no", **settings})
+    train(config, Pretrained(pipeline=str(pipeline)), latents, folder / "model", folder / "runs")
+    return folder / "model"
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_it_learns_and_writes_a_pipeline(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    model = run_here(pipeline, latents, tmp_path, steps=60, learning_rate=3e-3, ema_decay=0.9)
+    log = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert val[-1] < 0.9 * val[0]
+    assert opening(model, "model", "train").counts == {"steps": 60, "samples": 480}
+    loaded = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    assert loaded.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_accumulation_and_batch_give_the_same_step(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    whole = weights(run_here(pipeline, latents, tmp_path / "a"))
+    parts = weights(run_here(pipeline, latents, tmp_path / "b", accumulation=4))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_latents_of_another_vae_are_refused(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline, other)
+    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(vae)
+    changed["decoder.conv_out.bias"] += 1
+    from safetensors.torch import save_file
+
+    save_file(changed, vae)
+    with pytest.raises(UserError, match="another vae"):
+        run_here(other, latents, tmp_path)
+
+
+def launch(pipeline: Path, latents: Path, folder: Path) -> subprocess.Popen[bytes]:
+    overrides = {
+        **SHORT,
+        "steps": 60,
+        "checkpoint_every": 10,
+        "mixed_precision": "no",
+    }
+    command = [sys.executable, "-m", "ldm.cli", "train", "--params", str(ROOT / "params.yaml")]
+    command += ["--latents", str(latents), "--out", str(folder / "model")]
+    command += ["--runs", str(folder / "runs"), "--set", f"pretrained.pipeline={pipeline}"]
+    for key, value in overrides.items():
+        command += ["--set", f"train.{key}={value}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_killed_and_launched_again_it_ends_in_the_same_bytes(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    assert launch(pipeline, latents, tmp_path / "straight").wait() == 0
+    process = launch(pipeline, latents, tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/runs/*/step-00000010")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    assert launch(pipeline, latents, tmp_path / "killed").wait() == 0
+    straight, killed = (
+        opening(tmp_path / name / "model", "model", "train") for name in ("straight", "killed")
+    )
+    assert straight.files == killed.files
