@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", _register, "log the training to MLflow, name it challenger",
-        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, data=DATA,
+        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS,
     )  # fmt: skip
     promote = command("promote", _promote, "make the challenger champion if the gate lets it")
+    promote.add_argument("--version", dest="named", help="decide on this one, not the challenger")
     promote.add_argument("--rollback", action="store_true", help="put the former champion back")
     command(
         "report", _report, "one page about the last training",
@@ -108,7 +109,7 @@ def _scenes(options: argparse.Namespace) -> None:
     from ldm.scenes.lists import write_lists
 
     scenes = _params(options).scenes
-    write_lists(options.out, scenes.world, scenes.rows, scenes.validation_rows)
+    write_lists(options.out, scenes.world, scenes.rows, scenes.validation_rows, scenes.prompts)
     pairs = f"{scenes.rows} training and {scenes.validation_rows} validation pairs"
     say(f"scenes: {pairs} -> {options.out}")
 
@@ -149,7 +150,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _register(options: argparse.Namespace) -> None:
     from ldm.registry import register
 
-    register(_params(options).registry, options.model, options.eval, options.images)
+    paths = (options.model, options.eval, options.images, options.latents)
+    register(_params(options).registry, *paths)
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -159,7 +161,7 @@ def _promote(options: argparse.Namespace) -> None:
     if options.rollback:
         rollback(registry)
     else:
-        promote(registry)
+        promote(registry, options.named)
 
 
 def _report(options: argparse.Namespace) -> None:

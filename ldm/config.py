@@ -39,6 +39,8 @@ class Scenes(Section):
     """``retrain``: all shapes, for the demo. ``scratch``: the known ones, for making ``tiny``."""
     rows: Count = 4000
     validation_rows: Count = 256
+    prompts: Count = 80
+    """Evaluation prompts of each group: known, new, held out."""
 
 
 class Ingest(Section):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,6 +52,11 @@ class Batch:
     noise: torch.Tensor
     states: torch.Tensor
     timesteps: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        moved = (getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        return Batch(*moved)
 
 
 class LatentCache:

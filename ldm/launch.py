@@ -33,7 +33,7 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
         # Left to itself, accelerate gives a lone CPU process one thread.
-        *("--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))),
+        *("--num_cpu_threads_per_process", str(max(1, len(os.sched_getaffinity(0)) // processes))),
         *("-m", "ldm.train"),
     ]
     done = subprocess.run(command, env={**os.environ, "LDM_TRAIN": json.dumps(request)})

@@ -8,47 +8,37 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ldm import checkpoint
 from ldm.artifacts import digest_json, write_whole, writing
 from ldm.config import Pretrained, Train
-from ldm.data import Batch, LatentCache, TrainingBatches, validation_batches
-from ldm.diffusion import add_noise, alphas_cumprod, min_snr_weights, target
+from ldm.data import LatentCache, TrainingBatches, validation_batches
+from ldm.device import tune
 from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.models import digest_weights, load_scheduler_config, load_unet, locate
+from ldm.models import (
+    digest_weights,
+    load_scheduler_config,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    locate,
+)
+from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say
+from ldm.run_log import RunLog
 from ldm.schedule import cosine_with_warmup
 from ldm.unet import random_unet
 
 LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Noise schedule, prediction type and loss weights of a training."""
-
-    prediction: str
-    abar: torch.Tensor
-    weights: torch.Tensor
-
-    def loss(self, unet: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Weighted squared error of each sample, mean over its elements: float32 (n,)."""
-        noisy = add_noise(self.abar, batch.latents, batch.noise, batch.timesteps)
-        wanted = target(self.prediction, self.abar, batch.latents, batch.noise, batch.timesteps)
-        output = unet(noisy, batch.timesteps, batch.states, return_dict=False)[0]
-        error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
-        return error * self.weights.to(error)[batch.timesteps]
 
 
 def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs: Path) -> None:
@@ -60,6 +50,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
     )
+    tune(accelerator.device)
     _check_batch(config, accelerator.num_processes)
     cache, held_out = LatentCache(latents, "train"), LatentCache(latents, "validation")
     _check_encoders(cache, pretrained)
@@ -67,7 +58,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
     run = runs / digest_json({"config": settings, "inputs": inputs})[:12]
-    objective = _objective(config, schedule)
+    objective = Objective.of(schedule, config.min_snr_gamma)
     unet, ema = _optimize(accelerator, config, objective, cache, held_out, unet, run)
     if accelerator.is_main_process:
         ema.swap(unet)
@@ -125,8 +116,6 @@ def _check_batch(config: Train, processes: int) -> None:
 
 def _check_encoders(cache: LatentCache, pretrained: Pretrained) -> None:
     """Latents of another autoencoder would train without an error, towards nothing."""
-    from ldm.models import load_text_encoder, load_vae
-
     source = locate(pretrained.pipeline, pretrained.revision)
     found = {
         "vae": digest_weights(load_vae(source)),
@@ -138,12 +127,6 @@ def _check_encoders(cache: LatentCache, pretrained: Pretrained) -> None:
                 f"{cache.manifest.path}: was encoded with another {part} than that of "
                 f"{pretrained.pipeline}; run `ldm encode` again"
             )
-
-
-def _objective(config: Train, schedule: dict[str, Any]) -> Objective:
-    abar = alphas_cumprod(schedule)
-    prediction = schedule["prediction_type"]
-    return Objective(prediction, abar, min_snr_weights(prediction, abar, config.min_snr_gamma))
 
 
 def _optimize(
@@ -162,7 +145,7 @@ def _optimize(
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     ema = Ema(unet, config.ema_decay)
     first = _resume(run, unet, ema, optimizer)
-    log = _Log(run / LOG, first, accelerator.is_main_process)
+    log = RunLog(run / LOG, first, writes=accelerator.is_main_process)
     batches = _loader(accelerator, config, cache, len(objective.abar), first)
     steps = range(first, config.steps)
     bar = progress(steps, "train", config.steps, "steps", done=first)
@@ -207,7 +190,7 @@ def _step(
     """One optimizer step over ``accumulation`` micro-batches; the mean loss."""
     total = torch.zeros((), device=accelerator.device)
     for _ in range(config.accumulation):
-        batch = _to_device(next(batches), accelerator.device)
+        batch = next(batches).to(accelerator.device)
         with accelerator.accumulate(unet), accelerator.autocast():
             loss = objective.loss(unet, batch).mean()
             accelerator.backward(loss)
@@ -255,7 +238,7 @@ def _validate(
         held_out, seed=config.seed, batch_size=config.batch_size, timesteps=len(objective.abar)
     ):
         with accelerator.autocast():
-            losses.append(objective.loss(unet, _to_device(batch, accelerator.device)).cpu())
+            losses.append(objective.loss(unet, batch.to(accelerator.device)).cpu())
     unet.train()
     ema.swap(unet)
     return float(torch.cat(losses).mean())
@@ -273,28 +256,6 @@ def _resume(run: Path, unet: UNet2DConditionModel, ema: Ema, optimizer: Any) -> 
     ema.updates = found.step
     checkpoint.restore_optimizer(optimizer, found.optimizer)
     return found.step
-
-
-class _Log:
-    """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew."""
-
-    def __init__(self, path: Path, first: int, writes: bool) -> None:
-        self.path, self.writes = path, writes
-        if writes:
-            lines = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in lines if line and json.loads(line)["step"] <= first]
-            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        *(getattr(batch, name).to(device, non_blocking=True) for name in batch.__dataclass_fields__)
-    )
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ SHARD_ROWS = (100, 2000)
 """Fewest and most rows in a shard of img2dataset's."""
 
 POLL_S = 0.2
-PATIENCE_S = 120
+PATIENCE_S = 300
 """How long start-up may take, and how much longer than its timeouts allow a shard may."""
 
 

@@ -35,7 +35,6 @@ WORLDS = {"retrain": SHAPES, "scratch": (*KNOWN_SHAPES, BLOB)}
 
 BAD_ROWS = ("missing", "html", "truncated", "duplicate", "empty-caption")
 BAD_SHARE = 0.02
-PROMPTS_A_GROUP = 80
 
 
 def scene_of(world: str, split: str, row: int) -> tuple[Description, Scene]:
@@ -51,7 +50,9 @@ def caption_of(world: str, split: str, row: int) -> str:
     return caption(description, random.Random(f"{world}/{split}/{row}/caption"))
 
 
-def write_lists(folder: Path, world: str, rows: int, validation_rows: int) -> None:
+def write_lists(
+    folder: Path, world: str, rows: int, validation_rows: int, prompts_a_group: int
+) -> None:
     """Write ``train.csv``, ``validation.csv`` (url, caption) and ``prompts.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", rows), ("validation", validation_rows)):
@@ -60,7 +61,7 @@ def write_lists(folder: Path, world: str, rows: int, validation_rows: int) -> No
         table.writerow(("url", "caption"))
         table.writerows(_rows(world, split, count))
         write_whole(folder / f"{split}.csv", text.getvalue().encode())
-    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts()]
+    lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts(prompts_a_group)]
     write_whole(folder / "prompts.jsonl", ("\n".join(lines) + "\n").encode())
 
 
@@ -80,8 +81,8 @@ def _rows(world: str, split: str, count: int) -> Iterator[tuple[str, str]]:
             yield url, words
 
 
-def prompts() -> list[dict[str, Any]]:
-    """The evaluation prompts: distinct, a third each ``known``, ``new`` and ``heldout``.
+def prompts(per_group: int) -> list[dict[str, Any]]:
+    """The evaluation prompts: distinct, ``per_group`` each ``known``, ``new`` and ``heldout``.
 
     A quarter is Chinese. ``heldout`` prompts name a held-out pair or relation, of known and new
     shapes alike; the others name none. Each carries its description for the scene reader.
@@ -94,7 +95,7 @@ def prompts() -> list[dict[str, Any]]:
     drawn: list[dict[str, Any]] = []
     for group, (shapes, wanted) in groups.items():
         rng, seen = random.Random(f"prompts/{group}"), set()
-        while len(seen) < PROMPTS_A_GROUP:
+        while len(seen) < per_group:
             description = _until(rng, shapes, wanted)
             if description in seen:
                 continue

@@ -1,0 +1,26 @@
+"""The log of a run: a JSON line every few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm.artifacts import write_whole
+
+
+class RunLog:
+    """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew."""
+
+    def __init__(self, path: Path, first: int, *, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        if writes:
+            lines = path.read_text().splitlines() if path.is_file() else []
+            kept = [line for line in lines if line and json.loads(line)["step"] <= first]
+            write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append a line; only the main process writes."""
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,197 @@
+"""The whole chain on a few dozen pairs, in the ways its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.dag import stage_graph
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SMALL = {
+    "scenes": {"rows": 48, "validation_rows": 16, "prompts": 4},
+    "train": {"steps": 6, "batch_size": 8, "warmup_steps": 1, "validate_every": 3},
+    "evaluate": {"sampling": {"steps": 2}},
+}
+PORT = 42864
+
+
+def environment(project: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(project),
+        "PREFECT_HOME": str(project / ".prefect"),
+        "LDM_ROOT": str(project),
+    }
+
+
+def call(project: Path, *command: str, **changes: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=project,
+        env={**environment(project), **changes},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def make_project(folder: Path) -> Path:
+    """This project with small settings, as a repository of its own, its lists written."""
+    folder.mkdir()
+    for name in ("flows", "ldm", "infra"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore"):
+        shutil.copyfile(ROOT / name, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, values in SMALL.items():
+        for key, value in values.items():
+            old = params[section].get(key)
+            params[section][key] = {**old, **value} if isinstance(old, dict) else value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    call(folder, "git", "init", "-q")
+    call(folder, "dvc", "init", "-q")
+    call(folder, "ldm", "scenes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = make_project(tmp_path_factory.mktemp("dvc") / "project")
+    call(project, "dvc", "repro")
+    return project
+
+
+@pytest.fixture(scope="module")
+def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = make_project(tmp_path_factory.mktemp("flow") / "project")
+    call(project, sys.executable, "-m", "flows.retrain")
+    return project
+
+
+def test_the_flow_has_dvcs_graph() -> None:
+    graph = stage_graph(ROOT)
+    assert graph == {
+        "ingest": (),
+        "encode": ("ingest",),
+        "train": ("encode",),
+        "evaluate": ("train",),
+    }
+    shown = call(ROOT, "dvc", "dag", "--dot")
+    for stage, needed in graph.items():
+        for other in needed:
+            assert f'"{other}" -> "{stage}"' in shown
+
+
+def test_repro_and_flow_write_the_same_lock(reproduced: Path, retrained: Path) -> None:
+    assert (reproduced / "dvc.lock").read_bytes() == (retrained / "dvc.lock").read_bytes()
+
+
+def test_the_metrics_are_all_there(reproduced: Path) -> None:
+    metrics = json.loads((reproduced / "artifacts/eval/metrics.json").read_text())
+    shares = ("adherence", "adherence_new", "adherence_heldout")
+    for values in (metrics, metrics["start"]):
+        assert all(0 <= values[name] <= 1 for name in shares)
+        assert 0 <= values["clip_score"] <= 100
+    assert metrics["val_loss"] > 0
+    assert (reproduced / "artifacts/eval/samples.png").stat().st_size > 10_000
+
+
+def test_a_champion_draws_in_a_fresh_process(retrained: Path) -> None:
+    code = (
+        "import mlflow; "
+        "model = mlflow.pyfunc.load_model('models:/ldm@champion'); "
+        "picture = model.predict(['a red circle on a grey background'])[0]; "
+        "print(picture[:8] == b'\\x89PNG\\r\\n\\x1a\\n')"
+    )
+    assert call(retrained, sys.executable, "-c", code).strip().endswith("True")
+
+
+def test_generate_draws_a_prompt_and_a_file_with_the_champion(retrained: Path) -> None:
+    call(retrained, "ldm", "generate", "--prompt", "a red circle", "--seed", "5", "--out", "one")
+    assert [path.name for path in (retrained / "one").glob("*.png")] == ["00000.png"]
+    (retrained / "prompts.txt").write_text("a red circle\n两个蓝色方形\n")
+    call(retrained, "ldm", "generate", "--prompts", "prompts.txt", "--seed", "5", "--out", "two")
+    assert len(list((retrained / "two").glob("*.png"))) == 2
+    assert (retrained / "one/00000.png").read_bytes() == (retrained / "two/00000.png").read_bytes()
+
+
+def test_an_unchanged_project_is_left_alone(retrained: Path) -> None:
+    before = (retrained / "dvc.lock").read_bytes()
+    started = time.monotonic()
+    said = call(retrained, sys.executable, "-m", "flows.retrain")
+    assert "every stage is up to date" in said
+    assert time.monotonic() - started < 20
+    assert (retrained / "dvc.lock").read_bytes() == before
+    assert call(retrained, "dvc", "status").strip().endswith("Data and pipelines are up to date.")
+
+
+def test_the_page_is_there(retrained: Path) -> None:
+    page = (retrained / "artifacts/report/index.html").read_text()
+    assert "data:image/png;base64," in page
+
+
+@pytest.fixture
+def server(retrained: Path) -> Iterator[str]:
+    """A real Prefect server on loopback."""
+    url = f"http://127.0.0.1:{PORT}/api"
+    process = subprocess.Popen(
+        [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)],
+        env=environment(retrained),
+        cwd=retrained,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.3)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str) -> None:
+    prefect = str(BIN / "prefect")
+    api = {"PREFECT_API_URL": server}
+    call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
+    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    for name, parameters in (
+        ("retrain/nightly", []),
+        ("promote/promote", []),
+        ("generate/generate", ["--param", "prompts=data/prompts.jsonl"]),
+    ):
+        call(retrained, prefect, "deployment", "run", name, *parameters, **api)
+    worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
+    call(retrained, *worker, **api)
+    request = urllib.request.Request(
+        f"{server}/flow_runs/filter", b"{}", {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        states = {run["name"]: run["state_name"] for run in json.load(answer)}
+    due = [state for state in states.values() if state != "Scheduled"]
+    assert due == ["Completed"] * 3, states
+    assert len(list((retrained / "generated").glob("*.png"))) == 12

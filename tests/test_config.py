@@ -1,0 +1,84 @@
+"""Settings: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm.config import Params, load_params, presets
+from ldm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", r"train\.stepz: unknown key"),
+        ("trian.steps=3", r"trian: unknown key"),
+        ("train.steps=many", r"train\.steps: .*integer.*'many'"),
+        ("train.steps=0", r"train\.steps: .*greater than or equal to 1"),
+        ("train.accumulation=7", r"train: batch_size 64 is not a multiple of accumulation 7"),
+        ("evaluate.sampling.sampler=ddpm3", r"evaluate\.sampling\.sampler: .*dpm\+\+"),
+        ("train", r"--set train: must be section\.key=value"),
+        ("train.steps=[1", r"--set train\.steps=\[1: the value is not YAML"),
+    ],
+)
+def test_wrong_settings_are_one_line_that_names_the_key(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_params(str(ROOT / "params.yaml"), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_apply() -> None:
+    params = load_params("tiny", ["train.steps=7", "evaluate.sampling.guidance=2"])
+    assert (params.train.steps, params.evaluate.sampling.guidance) == (7, 2.0)
+
+
+def test_every_preset_is_valid_and_differs_only_where_it_says() -> None:
+    assert {"tiny", "tiny-scratch", "sd14"} <= presets().keys()
+    assert load_params("tiny", []) == Params()
+    for name, path in presets().items():
+        load_params(name, [])
+        for section, values in (yaml.safe_load(path.read_text()) or {}).items():
+            default = getattr(Params(), section)
+            for key, value in values.items():
+                if not isinstance(value, dict):
+                    assert getattr(default, key) != value, f"{name}: {section}.{key} is the default"
+
+
+def test_params_yaml_states_the_defaults() -> None:
+    assert load_params(str(ROOT / "params.yaml"), []) == Params()
+
+
+def test_a_missing_file_names_the_presets() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such params file.*sd14"):
+        load_params("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ingest", "--data", "nowhere"], "nowhere"),
+        (["encode", "--images", "nowhere"], "nowhere: no such directory; run `ldm ingest`"),
+        (["train", "--set", "train.accelerate=none.yaml"], "none.yaml: no such accelerate"),
+        (["evaluate", "--model", "tests"], "tests: has no manifest.json"),
+        (["generate", "--model", "tiny", "--prompt", ""], "prompt 1: is empty"),
+        (["generate", "--model", "tiny"], "no prompts: give --prompt"),
+        (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "--height 60"),
+        (["generate", "--model", "tiny", "--prompt", "a", "--steps", "0"], "steps"),
+        (["encode", "--params", "broken.yaml"], "broken.yaml: no such params file"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm.cli", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode not in (0, 2)
+    message = done.stderr.strip()
+    assert message.startswith(f"ldm {arguments[0]}: ") and words in message
+    assert "\n" not in message
