@@ -31,13 +31,18 @@ GRID_A_GROUP = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of ``prompts.jsonl``; ``seed`` is the picture's own."""
+    """A line of ``prompts.jsonl``; ``seed`` is the picture's own.
+
+    ``scene`` is the description that the reader holds the picture against; prompts of the open
+    world have none and are scored by CLIP alone. ``english`` is the gloss of a prompt in another
+    script.
+    """
 
     prompt: str
-    group: str
-    english: str
-    scene: dict[str, Any]
     seed: int
+    group: str = "known"
+    english: str = ""
+    scene: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ class Judged:
     faults: list[str | None]
 
     def adherence(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """The share of faultless pictures of each group, by metric."""
+        """The share of faultless pictures of each group that has scenes, by metric."""
         rates = {}
         for group, metric in GROUPS.items():
             faults = [
-                f for f, prompt in zip(self.faults, prompts, strict=True) if prompt.group == group
+                fault
+                for fault, prompt in zip(self.faults, prompts, strict=True)
+                if prompt.group == group and prompt.scene
             ]
-            rates[metric] = round(sum(fault is None for fault in faults) / max(1, len(faults)), 4)
+            if faults:
+                rates[metric] = round(sum(fault is None for fault in faults) / len(faults), 4)
         return rates
 
 
@@ -86,10 +94,12 @@ def evaluate(
         }
         write_json(fresh / "metrics.json", metrics)
         _write_samples(fresh, prompts, judged, before)
-    say(
-        f"evaluate: adherence {metrics['adherence']:.2f}, new {metrics['adherence_new']:.2f}, "
-        f"held out {metrics['adherence_heldout']:.2f} -> {out}"
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {value:.2f} (was {metrics['start'][name]:.2f})"
+        for name, value in metrics.items()
+        if name in metrics["start"]
     )
+    say(f"evaluate: {told} -> {out}")
 
 
 def read_prompts(path: Path, seed: int) -> list[Prompt]:
@@ -107,7 +117,7 @@ def read_prompts(path: Path, seed: int) -> list[Prompt]:
 
 def gloss(prompt: Prompt) -> str:
     """The prompt in Latin letters: Chinese ones by their English wording, marked."""
-    return prompt.prompt if prompt.prompt.isascii() else f"[zh] {prompt.english}"
+    return prompt.prompt if prompt.prompt.isascii() else f"[zh] {prompt.english}".strip()
 
 
 def _judge(config: Evaluate, source: Source, prompts: Sequence[Prompt], what: str) -> Judged:
@@ -116,7 +126,7 @@ def _judge(config: Evaluate, source: Source, prompts: Sequence[Prompt], what: st
     drawn = painter.draw(requests, config.sampling)
     pixels = np.stack(list(progress(drawn, what, len(requests), "pictures")))
     faults = [
-        mismatch(read_scene(picture), read_description(prompt.scene))
+        mismatch(read_scene(picture), read_description(prompt.scene)) if prompt.scene else None
         for picture, prompt in zip(pixels, prompts, strict=True)
     ]
     return Judged(pixels, faults)

@@ -42,6 +42,7 @@ from ldm.scenes.world import (
 )
 
 ROWS = 2000
+PROMPTS = 80
 PINNED = {
     "train.csv": "45ba7d2a27a03357e812d348f823397ef6055f2b6ad50a823fd80fa58536ca44",
     "validation.csv": "14af237ca2254643744ab9074c7cc21feb07b4ace4ddb0706d08f38801a05da1",
@@ -67,7 +68,7 @@ descriptions = st.one_of(
 
 def test_lists_are_the_same_bytes_twice_and_as_pinned(tmp_path: Path) -> None:
     for folder in ("once", "again"):
-        lists.write_lists(tmp_path / folder, "retrain", rows=60, validation_rows=12)
+        lists.write_lists(tmp_path / folder, "retrain", 60, 12, prompts_a_group=PROMPTS)
     once, again = (_digests(tmp_path / folder) for folder in ("once", "again"))
     assert once == again
     assert once == PINNED
@@ -110,9 +111,9 @@ def _words_held_out(words: str) -> bool:
 
 
 def test_prompts_are_distinct_and_of_their_group() -> None:
-    prompts = lists.prompts()
+    prompts = lists.prompts(PROMPTS)
     sizes = Counter(prompt["group"] for prompt in prompts)
-    assert sizes == dict.fromkeys(("known", "new", "heldout"), lists.PROMPTS_A_GROUP)
+    assert sizes == dict.fromkeys(("known", "new", "heldout"), PROMPTS)
     assert len({prompt["prompt"] for prompt in prompts}) == len(prompts)
     assert len({prompt["english"] for prompt in prompts}) == len(prompts)
     for prompt in prompts:
