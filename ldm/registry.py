@@ -1,0 +1,300 @@
+"""Registered models: what made them, which one is champion, and the gate between.
+
+A training becomes one MLflow run and one version of the registered model. Aliases say what a
+version is: ``challenger`` (registered last), ``champion`` (in use), ``previous`` (champion before).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ldm import __version__, tracking
+from ldm.artifacts import MANIFEST, Manifest, opening
+from ldm.config import Gate, Registry, Sampling
+from ldm.errors import UserError
+from ldm.progress import say
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+START = "start"
+# Tags of a version that promotion and rollback write.
+REPLACED, ROLLED_BACK = "replaced", "rolled_back"
+# Changes are rounded to nine places, or 0.8 - 0.7 would be no rise by 0.1.
+SMALLEST = 1e-9
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of the registered model; ``new`` is false when it was there already."""
+
+    model: str
+    version: str
+    run_id: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a decision, to be read only without a rule; what was not measured is none."""
+
+    metric: str
+    reference: float | None
+    challenger: float
+    change: float | None
+    rule: str = ""
+    passed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate said of a version; ``against`` is ``version N`` or ``start``."""
+
+    model: str
+    version: str
+    against: str
+    rows: tuple[Row, ...]
+    promoted: bool
+    reason: str
+
+
+def register(
+    config: Registry,
+    model: Path,
+    evaluation: Path,
+    images: Path | None = None,
+    latents: Path | None = None,
+) -> Registered:
+    """Log a training and its evaluation to MLflow, as a new version named ``challenger``.
+
+    The same model with the same evaluation finds its version again. ``latents``, and ``images``
+    behind them, extend the lineage where they are there. Raises :class:`UserError` when the
+    evaluation is of another model, or the model of other latents.
+    """
+    trained, judged = opening(model, "model", "train"), opening(evaluation, "eval", "evaluate")
+    if judged.inputs["model"] != trained.digest:
+        raise UserError(f"{evaluation}: judges another model than {model}; run `ldm evaluate`")
+    metrics = dict(tracking.flat(json.loads((evaluation / "metrics.json").read_text())))
+    tags = _lineage(trained, judged, images, latents)
+    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    same = {tracking.MODEL_DIGEST: trained.digest, "eval_digest": judged.digest}
+    if known := tracking.find_version(client, config.model, same):
+        done = Registered(config.model, str(known.version), known.run_id, new=False)
+    else:
+        done = _new_version(client, config, trained, judged, metrics, tags)
+    client.set_registered_model_alias(config.model, CHALLENGER, done.version)
+    what = _adherence(metrics) if done.new else "registered before"
+    say(f"register: {what} -> {config.model} version {done.version}, {CHALLENGER}")
+    return done
+
+
+def _new_version(
+    client: MlflowClient,
+    config: Registry,
+    trained: Manifest,
+    judged: Manifest,
+    metrics: dict[str, Any],
+    tags: dict[str, str],
+) -> Registered:
+    from ldm.serving import store_model
+
+    points = _curves(trained.path / "log.jsonl")
+    last = max((step for _, step in points), default=0)
+    points |= {(name, last): value for name, value in metrics.items()}
+    settings = {**trained.config, "evaluate": judged.config}
+    with tracking.writing_run(client, config.experiment, trained.digest[:12], tags) as run:
+        run.log(dict(tracking.flat(settings)), points)
+        for name in ("metrics.json", "samples.png", "samples.jsonl"):
+            client.log_artifact(run.identity, str(judged.path / name))
+        source = store_model(trained.path, Sampling.model_validate(judged.config["sampling"]))
+    version = run.name_version(config.model, source, tags, _adherence(metrics))
+    return Registered(config.model, version, run.identity, new=True)
+
+
+def _curves(log: Path) -> tracking.Points:
+    """Training loss, learning rate and validation loss by step."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    names = {"loss": "train_loss", "lr": "lr", "val_loss": "val_loss"}
+    return {(names[key], line["step"]): line[key] for line in lines for key in names if key in line}
+
+
+def _lineage(
+    trained: Manifest, judged: Manifest, images: Path | None, latents: Path | None
+) -> dict[str, str]:
+    """Digests of all that made the model, back to the lists of URLs where they can be followed."""
+    tags = {
+        tracking.MODEL_DIGEST: trained.digest,
+        "eval_digest": judged.digest,
+        "prompts_digest": judged.inputs["prompts"],
+        "ldm_version": __version__,
+        **{f"{name}_digest": digest for name, digest in trained.inputs.items()},
+    }
+    if commit := tracking.code_commit():
+        tags["commit"] = commit
+    # Each link is named by the one before; a link that is not there ends the chain.
+    for name, path, stage in (("latents", latents, "train"), ("images", images, "encode")):
+        if path is None or not (path / MANIFEST).is_file() or f"{name}_digest" not in tags:
+            break
+        # Unverified: the stages that read the files did that, and there may be terabytes.
+        made = Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
+        if tags[f"{name}_digest"] != made.digest:
+            raise UserError(f"{path}: is not what the model was made from; run `ldm {stage}`")
+        tags |= {f"{key}_digest": digest for key, digest in made.inputs.items()}
+    return tags
+
+
+def promote(config: Registry, version: str | None = None) -> Decision:
+    """Let the gate decide on the challenger, or on ``version``; champion if it passes.
+
+    The decision stays with the version: tags ``gate``, ``gate_against`` and ``gate_reason``, and
+    ``gate.json`` in its run. A version that was rolled back returns only when it is named.
+    """
+    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    named = tracking.aliases(client, config.model)
+    chosen, champion = version or named.get(CHALLENGER), named.get(CHAMPION)
+    if chosen is None:
+        raise UserError(f"{config.model}: has no challenger; run `ldm register` first")
+    if chosen == champion:
+        say(f"promote: {config.model} version {chosen} is champion already")
+        return Decision(config.model, chosen, f"version {chosen}", (), False, "champion already")
+    decision = _decide(client, config, chosen, champion, by_name=version is not None)
+    if decision.promoted:
+        if champion is not None:
+            client.set_model_version_tag(config.model, chosen, REPLACED, champion)
+            client.set_registered_model_alias(config.model, PREVIOUS, champion)
+        # Last, so that what is cut off before it is simply done again.
+        client.set_registered_model_alias(config.model, CHAMPION, chosen)
+    outcome = "is champion" if decision.promoted else "is not promoted"
+    say(f"promote: {config.model} version {chosen} {outcome}: {decision.reason}")
+    return decision
+
+
+def _decide(
+    client: MlflowClient, config: Registry, chosen: str, champion: str | None, *, by_name: bool
+) -> Decision:
+    candidate, metrics = tracking.version_of(client, config.model, chosen)
+    against, reference, note = START, _starting(metrics), ""
+    if champion is not None:
+        current, reference = tracking.version_of(client, config.model, champion)
+        against = f"version {champion}"
+        if candidate.tags.get("prompts_digest") != current.tags.get("prompts_digest"):
+            note = f" ({against} was judged on other prompts)"
+    rows = judge(config.gate, metrics, reference, against)
+    promoted, reason = verdict(rows, against)
+    if ROLLED_BACK in candidate.tags and not by_name:
+        promoted, reason = False, "it was rolled back, and returns only when promoted by number"
+    elif ROLLED_BACK in candidate.tags and promoted:
+        client.delete_model_version_tag(config.model, chosen, ROLLED_BACK)
+    decision = Decision(config.model, chosen, against, rows, promoted, reason + note)
+    client.log_dict(candidate.run_id, asdict(decision), "gate.json")
+    outcome = "passed" if promoted else "failed"
+    told = {"gate": outcome, "gate_against": against, "gate_reason": decision.reason}
+    for key, value in told.items():
+        client.set_model_version_tag(config.model, chosen, key, value)
+    return decision
+
+
+def judge(
+    gate: Gate, challenger: Mapping[str, float], reference: Mapping[str, float], against: str
+) -> tuple[Row, ...]:
+    """Apply the gate's rules to two sets of metrics.
+
+    The mean of ``wins_on`` must rise by ``min_gain`` at least; where that is 0 it must rise at all,
+    so a tie keeps the champion. None of ``holds`` may fall by more than ``max_loss``. What is not a
+    number passes no rule.
+    """
+    several = gate.wins_on if len(gate.wins_on) > 1 else ()
+    rows = [_row((name,), challenger, reference, against) for name in several]
+    if gate.wins_on:
+        rule = f"must change by {gate.min_gain:+g} at least" if gate.min_gain else "must rise"
+        won = _row(gate.wins_on, challenger, reference, against, rule, gate.min_gain or SMALLEST)
+        rows.append(won)
+    rule = f"may fall by {gate.max_loss:g} at most"
+    for name in gate.holds:
+        rows.append(_row((name,), challenger, reference, against, rule, -gate.max_loss))
+    return tuple(rows)
+
+
+def _row(
+    names: Sequence[str],
+    challenger: Mapping[str, float],
+    reference: Mapping[str, float],
+    against: str,
+    rule: str = "",
+    least: float = 0.0,
+) -> Row:
+    mine, other = _mean(names, challenger, "the challenger"), _mean(names, reference, against)
+    assert mine is not None
+    change = None if other is None else round(mine - other, 9)
+    passed = change >= least if rule and change is not None else None
+    label = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    return Row(label, other, mine, change, rule, passed)
+
+
+def _mean(names: Sequence[str], metrics: Mapping[str, float], whose: str) -> float | None:
+    missing = [name for name in names if name not in metrics]
+    if missing and whose != START:
+        raise UserError(
+            f"registry.gate: {whose} has no metric {missing[0]!r}; take it out of the gate, or "
+            "evaluate and register again"
+        )
+    return None if missing else fmean(metrics[name] for name in names)
+
+
+def verdict(rows: Sequence[Row], against: str) -> tuple[bool, str]:
+    """Whether the rows let a version pass, and why in one line; the first version always does."""
+    if against == START:
+        return True, "there is no champion yet"
+    failed = [row for row in rows if row.passed is False]
+    told = [
+        f"{row.metric} {row.reference:.3f} -> {row.challenger:.3f} ({row.rule})"
+        for row in failed or rows
+        if row.rule
+    ]
+    return not failed, "; ".join(told) or "the gate has no rules"
+
+
+def rollback(config: Registry) -> str:
+    """Put the former champion back; its version.
+
+    The version that leaves is marked, so that the next unattended :func:`promote` leaves it out.
+    Raises :class:`UserError` when no champion was replaced.
+    """
+    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    named = tracking.aliases(client, config.model)
+    champion, former = named.get(CHAMPION), named.get(PREVIOUS)
+    if champion is None or former is None:
+        raise UserError(f"{config.model}: has no former champion; promote a version by number")
+    if champion != former:  # Equal where an earlier call was cut off in between.
+        client.set_model_version_tag(config.model, champion, ROLLED_BACK, former)
+    client.set_registered_model_alias(config.model, CHAMPION, former)
+    earlier = tracking.version_of(client, config.model, former)[0].tags.get(REPLACED)
+    if earlier:
+        client.set_registered_model_alias(config.model, PREVIOUS, earlier)
+    else:
+        client.delete_registered_model_alias(config.model, PREVIOUS)
+    say(f"rollback: {config.model} version {former} is champion again, in place of {champion}")
+    return former
+
+
+def _adherence(metrics: Mapping[str, float]) -> str:
+    """The figures in one line, each beside the starting model's."""
+    before = _starting(metrics)
+    return ", ".join(
+        f"{name} {value:.2f} (start {before.get(name, math.nan):.2f})"
+        for name, value in metrics.items()
+        if name.startswith("adherence")
+    )
+
+
+def _starting(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The starting model's metrics, under their plain names."""
+    marked = {name for name in metrics if name.startswith(f"{START}.")}
+    return {name.removeprefix(f"{START}."): metrics[name] for name in marked}

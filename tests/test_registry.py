@@ -1,0 +1,379 @@
+"""The registry on a real MLflow: what a version remembers, the gate, and the way back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ldm import __version__, tracking
+from ldm.artifacts import opening, writing
+from ldm.config import Evaluate, Gate, Registry, Sampling
+from ldm.errors import UserError
+from ldm.images import decode_image, encode_png
+from ldm.models import locate
+from ldm.registry import judge, promote, register, rollback, verdict
+
+SAMPLING = Sampling(sampler="ddim", steps=2, guidance=2.0)
+LOG = [
+    {"step": 2, "loss": 0.9, "lr": 1e-3},
+    {"step": 4, "loss": 0.7, "lr": 5e-4},
+    {"step": 4, "val_loss": 0.8},
+]
+START = {"adherence": 0.8, "adherence_new": 0.1, "adherence_heldout": 0.3}
+# The acceptance check, then pictures with other parameters, told as JSON.
+FRESH_PROCESS = """
+import json, sys
+import mlflow
+model = mlflow.pyfunc.load_model("models:/fresh@champion")
+(picture,) = model.predict(["a red circle on a grey background"])
+two = model.predict(["a", "a"], {"seed": 3, "steps": 1, "height": 32, "width": 96})
+(last,) = model.predict(["a"], {"seed": 4, "steps": 1, "height": 32, "width": 96})
+try:
+    model.predict(["a"], {"steps": 0})
+except ValueError as error:
+    refused = str(error)
+import ldm
+print(json.dumps({
+    "type": type(picture).__name__, "png": picture.hex(), "code": ldm.__file__,
+    "two": [png.hex() for png in two], "last": last.hex(), "refused": refused,
+}))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory, with MLflow's database and files; made once, which takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(tracking.TRACKING_URI, raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(folder)
+        yield folder
+
+
+def model_of(folder: Path, pipeline: Path, mark: str = "", latents: str = "none") -> Path:
+    """A model artifact; ``mark`` makes it another one."""
+    inputs = {"latents": latents, "start": "weights"}
+    config = {"steps": 4, "unet": {"widths": [16, 16]}, "mark": mark}
+    with writing(folder / "model", "model", config=config, inputs=inputs) as fresh:
+        shutil.copytree(pipeline, fresh, ignore=shutil.ignore_patterns("clip"), dirs_exist_ok=True)
+        (fresh / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+        (fresh / "mark").write_text(mark)
+    return folder / "model"
+
+
+def evaluation_of(folder: Path, model: Path, prompts: str = "same", **metrics: float) -> Path:
+    """An evaluation of ``model``; metrics not given are as good as the start."""
+    inputs = {"model": opening(model, "model", "train").digest, "prompts": prompts}
+    config = Evaluate(sampling=SAMPLING).as_dict()
+    with writing(folder / "eval", "eval", config=config, inputs=inputs) as fresh:
+        values = {**START, "val_loss": 0.8, **metrics, "start": START}
+        (fresh / "metrics.json").write_text(json.dumps(values))
+        (fresh / "samples.png").write_bytes(encode_png(np.zeros((8, 8, 3), np.uint8)))
+        (fresh / "samples.jsonl").write_text('{"prompt": "a"}\n')
+    return folder / "eval"
+
+
+def version(config: Registry, folder: Path, pipeline: Path, mark: str, **metrics: float) -> str:
+    """Register a model with these metrics; its version."""
+    model = model_of(folder / mark, pipeline, mark)
+    return register(config, model, evaluation_of(folder / mark, model, **metrics)).version
+
+
+def aliases(config: Registry) -> dict[str, str]:
+    return tracking.aliases(tracking.connect(config.tracking_uri), config.model)
+
+
+def test_a_version_remembers_what_made_it(
+    pipeline: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = {"train.csv": "list of train", "validation.csv": "list of validation"}
+    with writing(tmp_path / "images", "images", config={}, inputs=lists):
+        pass
+    images = opening(tmp_path / "images", "images", "ingest").digest
+    with writing(tmp_path / "latents", "latents", config={}, inputs={"images": images, "vae": "v"}):
+        pass
+    latents = opening(tmp_path / "latents", "latents", "encode").digest
+    model = model_of(tmp_path, pipeline, latents=latents)
+    evaluation = evaluation_of(tmp_path, model, adherence_new=0.5)
+    config = Registry(model="remembers")
+    done = register(config, model, evaluation, tmp_path / "images", tmp_path / "latents")
+    assert done.new
+    assert capsys.readouterr().out.count("\n") == 1
+
+    client = tracking.connect(config.tracking_uri)
+    assert aliases(config) == {"challenger": done.version}
+    found = client.get_model_version(config.model, done.version)
+    run = client.get_run(done.run_id)
+    assert run.info.status == "FINISHED"
+    assert "adherence_new 0.50 (start 0.10)" in found.description
+    for tags in (found.tags, run.data.tags):
+        assert tags["model_digest"] == opening(model, "model", "train").digest
+        assert tags["eval_digest"] == opening(evaluation, "eval", "evaluate").digest
+        assert (tags["latents_digest"], tags["images_digest"]) == (latents, images)
+        assert tags["train.csv_digest"] == "list of train"
+        assert tags["ldm_version"] == __version__
+        assert "commit" not in tags
+    assert run.data.params["unet.widths"] == "[16, 16]"
+    assert run.data.params["evaluate.sampling.sampler"] == "ddim"
+    metrics = run.data.metrics
+    assert (metrics["adherence_new"], metrics["start.adherence_new"]) == (0.5, 0.1)
+    curve = client.get_metric_history(done.run_id, "train_loss")
+    assert [(point.step, point.value) for point in curve] == [(2, 0.9), (4, 0.7)]
+    assert [point.step for point in client.get_metric_history(done.run_id, "val_loss")] == [4]
+    assert {"lr", "val_loss"} <= metrics.keys()
+    kept = {item.path for item in client.list_artifacts(done.run_id)}
+    assert {"samples.png", "samples.jsonl", "metrics.json"} <= kept
+    assert (store / "mlflow.db").is_file()
+    assert (store / "mlruns").is_dir()
+    assert tracking.TRACKING_URI not in os.environ
+
+    again = register(config, model, evaluation)
+    assert (again.version, again.run_id, again.new) == (done.version, done.run_id, False)
+    assert len(client.search_model_versions(f"name = '{config.model}'")) == 1
+
+
+def test_other_evaluations_and_latents_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    config = Registry(model="refused")
+    model = model_of(tmp_path / "a", pipeline, "a")
+    evaluation = evaluation_of(tmp_path, model)
+    other = model_of(tmp_path / "b", pipeline, "b")
+    with pytest.raises(UserError, match=r"judges another model .* run `ldm evaluate`"):
+        register(config, other, evaluation)
+    with writing(tmp_path / "latents", "latents", config={}, inputs={}) as fresh:
+        (fresh / "one").touch()
+    with pytest.raises(UserError, match=r"latents: is not what .* run `ldm train`"):
+        register(config, model, evaluation, latents=tmp_path / "latents")
+    with pytest.raises(UserError, match=r"refused: has no challenger; run `ldm register`"):
+        promote(config)
+    with pytest.raises(UserError, match="has no version '7'"):
+        promote(config, "7")
+    with pytest.raises(UserError, match="no former champion"):
+        rollback(config)
+
+
+def test_a_fresh_process_draws(pipeline: Path, store: Path, tmp_path: Path) -> None:
+    config = Registry(model="fresh")
+    version(config, tmp_path, pipeline, "a")
+    assert promote(config).promoted
+    folder = locate("models:/fresh@champion").location
+    logged = Path(folder).parent.parent
+    assert logged.is_relative_to(store / "mlruns")
+    for path in filter(Path.is_file, logged.rglob("*")):
+        assert path.suffix not in {".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib"}
+        # A safetensors file starts with a length, which may look like anything.
+        if path.suffix != ".safetensors":
+            assert not path.read_bytes().startswith(b"\x80"), f"{path} looks like a pickle"
+        assert not zipfile.is_zipfile(path), f"{path} looks like torch.save's"
+    assert not (logged / "code" / "ldm" / "pretrained").exists()
+    assert not list(logged.rglob("__pycache__"))
+
+    uri = f"sqlite:///{store / 'mlflow.db'}"
+    keep = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FRESH_PROCESS],
+        cwd=tmp_path,
+        env={**keep, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert Path(told["code"]).is_relative_to(logged)
+    assert told["type"] == "bytes"
+    assert told["png"].startswith(b"\x89PNG\r\n\x1a\n".hex())
+    assert decode_image(bytes.fromhex(told["png"])).shape == (64, 64, 3)
+    first, second = (decode_image(bytes.fromhex(png)) for png in told["two"])
+    assert first.shape == (32, 96, 3)
+    assert not np.array_equal(first, second)
+    last = decode_image(bytes.fromhex(told["last"]))
+    # A batch of two and one of one may round differently.
+    assert np.abs(second.astype(int) - last).max() <= 1
+    assert "steps" in told["refused"]
+
+
+def test_mlflow_itself_looks_where_the_default_is(store: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(None)
+    os.environ.pop(tracking.TRACKING_URI, None)
+    assert mlflow.get_tracking_uri() == f"sqlite:///{store / 'mlflow.db'}"
+
+
+def test_a_model_is_fetched_once_from_elsewhere(
+    pipeline: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Registry(model="elsewhere")
+    number = version(config, tmp_path, pipeline, "a")
+    uri = f"models:/elsewhere/{number}"
+    here = tracking.fetch_model(uri)
+    assert here == tracking.fetch_model("models:/elsewhere@challenger")
+    monkeypatch.setattr(tracking, "_is_here", lambda uri: False)
+    fetched = tracking.fetch_model(uri)
+    assert fetched.parent == store / "cache" / "ldm" / "models"
+    assert list(fetched.parent.iterdir()) == [fetched]
+    assert opening(fetched, "model", "x").digest == opening(here, "model", "x").digest
+    shutil.rmtree(fetched)
+    (here / "mark").write_text("other")
+    with pytest.raises(UserError, match="mark: is not what was written"):
+        tracking.fetch_model(uri)
+    assert not list(fetched.parent.iterdir())
+    shutil.rmtree(here)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        tracking.fetch_model(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("models:/ldm", "write models:/NAME@ALIAS"),
+        ("models:/nobody@champion", "has no such model; run `ldm register`"),
+        ("models:/known@unknown", "has no such model; run `ldm register`"),
+        ("models:/known/99", r"known/99: cannot be fetched \(.*99"),
+    ],
+)
+def test_unknown_models_are_named(uri: str, message: str) -> None:
+    client = tracking.connect("sqlite:///mlflow.db")
+    if not client.search_registered_models("name = 'known'"):
+        client.create_registered_model("known")
+    with pytest.raises(UserError, match=message) as raised:
+        tracking.fetch_model(uri)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for uri in ("http://127.0.0.1:9", "nonsense://somewhere"):
+        with pytest.raises(UserError, match=f"^{uri}: MLflow cannot be reached") as raised:
+            tracking.connect(uri)
+        assert "\n" not in str(raised.value)
+    monkeypatch.setenv(tracking.TRACKING_URI, f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(UserError, match=r"none.db does not exist; run `ldm register`"):
+        tracking.fetch_model("models:/ldm@champion")
+    assert not (tmp_path / "none.db").exists()
+
+
+GATE = Gate(wins_on=("new", "held"), holds=("old",), max_loss=0.03)
+CHAMPION = {"new": 0.4, "held": 0.6, "old": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("change", "challenger", "against", "promoted"),
+    [
+        ({}, {"new": 0.5, "held": 0.6, "old": 0.9}, "version 1", True),
+        ({}, {"new": 0.9, "held": 0.2, "old": 0.9}, "version 1", True),  # the mean counts
+        ({}, {"new": 0.4, "held": 0.6, "old": 0.9}, "version 1", False),  # a tie
+        ({}, {"new": 0.6, "held": 0.4, "old": 1.0}, "version 1", False),  # a tie of the means
+        ({}, {"new": 0.3, "held": 0.6, "old": 0.9}, "version 1", False),
+        ({}, {"new": 0.5, "held": 0.6, "old": 0.87}, "version 1", True),  # 0.9 - 0.87 > 0.03
+        ({}, {"new": 0.5, "held": 0.6, "old": 0.86}, "version 1", False),
+        ({"max_loss": 0.0}, {"new": 0.5, "held": 0.6, "old": 0.9}, "version 1", True),
+        ({"min_gain": 0.1}, {"new": 0.5, "held": 0.7, "old": 0.9}, "version 1", True),
+        ({"min_gain": 0.1}, {"new": 0.5, "held": 0.6, "old": 0.9}, "version 1", False),
+        ({"min_gain": -0.1}, {"new": 0.4, "held": 0.5, "old": 0.9}, "version 1", True),
+        ({}, {"new": math.nan, "held": 0.6, "old": 0.9}, "version 1", False),
+        ({}, {"new": 0.5, "held": 0.6, "old": math.nan}, "version 1", False),
+        ({"wins_on": ()}, {"old": 0.9}, "version 1", True),
+        ({"wins_on": ("new",)}, {"new": 0.41, "old": 0.9}, "version 1", True),
+        ({}, {"new": 0.0, "held": 0.0, "old": 0.0}, "start", True),  # no champion
+    ],
+)
+def test_the_gate(
+    change: dict[str, Any], challenger: dict[str, float], against: str, promoted: bool
+) -> None:
+    gate = GATE.model_copy(update=change)
+    rows = judge(gate, challenger, CHAMPION, against)
+    outcome, reason = verdict(rows, against)
+    assert outcome is promoted
+    assert "\n" not in reason
+    if against != "start":
+        assert promoted is all(row.passed for row in rows if row.rule)
+        assert reason
+
+
+def test_the_gate_names_what_it_misses() -> None:
+    with pytest.raises(UserError, match=r"the challenger has no metric 'held'"):
+        judge(GATE, {"new": 1.0, "old": 1.0}, CHAMPION, "version 1")
+    with pytest.raises(UserError, match=r"version 1 has no metric 'old'"):
+        judge(GATE, CHAMPION, {"new": 1.0, "held": 1.0}, "version 1")
+    rows = judge(GATE, CHAMPION, {"new": 0.1}, "start")
+    assert [(row.reference, row.change) for row in rows[:2]] == [(0.1, 0.3), (None, None)]
+    assert verdict(rows, "start") == (True, "there is no champion yet")
+
+
+def test_promotion_and_the_way_back(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Registry(model="promotion")
+    client = tracking.connect(config.tracking_uri)
+
+    first = version(config, tmp_path, pipeline, "first", adherence_new=0.4)
+    decision = promote(config)
+    assert (decision.promoted, decision.against) == (True, "start")
+    assert {row.metric: row.reference for row in decision.rows}["adherence_new"] == 0.1
+    assert aliases(config) == {"challenger": first, "champion": first}
+    assert promote(config).reason == "champion already"
+
+    worse = version(config, tmp_path, pipeline, "worse", adherence_new=0.9, adherence=0.7)
+    decision = promote(config)
+    assert not decision.promoted
+    assert decision.against == f"version {first}"
+    assert "adherence 0.800 -> 0.700 (may fall by 0.03 at most)" in decision.reason
+    assert aliases(config) == {"challenger": worse, "champion": first}
+    told = client.get_model_version(config.model, worse)
+    assert (told.tags["gate"], told.tags["gate_reason"]) == ("failed", decision.reason)
+    path = client.download_artifacts(told.run_id, "gate.json", str(tmp_path))
+    kept = json.loads(Path(path).read_text())
+    assert (kept["promoted"], len(kept["rows"])) == (False, len(decision.rows))
+
+    better = version(config, tmp_path, pipeline, "better", adherence_new=0.9, prompts="other")
+    decision = promote(config)
+    assert decision.promoted
+    assert f"(version {first} was judged on other prompts)" in decision.reason
+    assert aliases(config) == {"challenger": better, "champion": better, "previous": first}
+
+    assert rollback(config) == first
+    assert aliases(config) == {"challenger": better, "champion": first}
+    decision = promote(config)
+    assert not decision.promoted
+    assert "rolled back" in decision.reason
+    assert promote(config, better).promoted
+    assert aliases(config) == {"challenger": better, "champion": better, "previous": first}
+    assert "rolled_back" not in client.get_model_version(config.model, better).tags
+    lines = capsys.readouterr().out.splitlines()
+    assert f"rollback: promotion version {first} is champion again, in place of {better}" in lines
+
+
+def test_the_commit_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.code_commit() is None
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    assert tracking.code_commit() is None
+    for name in ("code.py", "dvc.lock", "data.dvc"):
+        Path(name).write_text("a")
+    git("add", ".")
+    git("commit", "-m", "one")
+    head = git("rev-parse", "HEAD")
+    assert tracking.code_commit() == head
+    for name in ("dvc.lock", "data.dvc", "new.py"):
+        Path(name).write_text("b")
+    assert tracking.code_commit() == head
+    Path("code.py").write_text("b")
+    assert tracking.code_commit() == f"{head}-dirty"
