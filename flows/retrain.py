@@ -69,7 +69,7 @@ def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
         # Fetching depends on other people's servers; the rest fails for a reason that stays.
         retries = ingest_retries if name == "ingest" else 0
         futures[name] = stage.with_options(retries=retries, retry_delay_seconds=10).submit(
-            name, root, wait_for=[futures[other] for other in needed]
+            name, root, return_state=False, wait_for=[futures[other] for other in needed]
         )
     wait(list(futures.values()))
     outcomes = [future.result() for future in futures.values()]

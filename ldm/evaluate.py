@@ -83,7 +83,7 @@ def evaluate(
     ) as fresh:
         judged = _judge(config, Source(str(model)), prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")
-        metrics = {
+        metrics: dict[str, Any] = {
             **judged.adherence(prompts),
             "clip_score": _clip_score(pretrained, prompts, judged.pixels),
             "val_loss": _last_val_loss(model),

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, tracking
 from ldm.artifacts import MANIFEST, Manifest, opening
-from ldm.config import Gate, Registry, Sampling
+from ldm.config import Registry, Sampling
 from ldm.errors import UserError
+from ldm.gate import START, Decision, Row, judge, verdict
 from ldm.progress import say
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+GATE = "gate.json"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-START = "start"
 # Tags of a version that promotion and rollback write.
 REPLACED, ROLLED_BACK = "replaced", "rolled_back"
-# Changes are rounded to nine places, or 0.8 - 0.7 would be no rise by 0.1.
-SMALLEST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -39,30 +37,6 @@ class Registered:
     version: str
     run_id: str
     new: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a decision, to be read only without a rule; what was not measured is none."""
-
-    metric: str
-    reference: float | None
-    challenger: float
-    change: float | None
-    rule: str = ""
-    passed: bool | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the gate said of a version; ``against`` is ``version N`` or ``start``."""
-
-    model: str
-    version: str
-    against: str
-    rows: tuple[Row, ...]
-    promoted: bool
-    reason: str
 
 
 def register(
@@ -193,7 +167,7 @@ def _decide(
     elif ROLLED_BACK in candidate.tags and promoted:
         client.delete_model_version_tag(config.model, chosen, ROLLED_BACK)
     decision = Decision(config.model, chosen, against, rows, promoted, reason + note)
-    client.log_dict(candidate.run_id, asdict(decision), "gate.json")
+    client.log_dict(candidate.run_id, asdict(decision), GATE)
     outcome = "passed" if promoted else "failed"
     told = {"gate": outcome, "gate_against": against, "gate_reason": decision.reason}
     for key, value in told.items():
@@ -201,64 +175,43 @@ def _decide(
     return decision
 
 
-def judge(
-    gate: Gate, challenger: Mapping[str, float], reference: Mapping[str, float], against: str
-) -> tuple[Row, ...]:
-    """Apply the gate's rules to two sets of metrics.
+@dataclass(frozen=True)
+class Standing:
+    """What the registry knows of a model; ``reference`` holds the metrics it was compared with."""
 
-    The mean of ``wins_on`` must rise by ``min_gain`` at least; where that is 0 it must rise at all,
-    so a tie keeps the champion. None of ``holds`` may fall by more than ``max_loss``. What is not a
-    number passes no rule.
-    """
-    several = gate.wins_on if len(gate.wins_on) > 1 else ()
-    rows = [_row((name,), challenger, reference, against) for name in several]
-    if gate.wins_on:
-        rule = f"must change by {gate.min_gain:+g} at least" if gate.min_gain else "must rise"
-        won = _row(gate.wins_on, challenger, reference, against, rule, gate.min_gain or SMALLEST)
-        rows.append(won)
-    rule = f"may fall by {gate.max_loss:g} at most"
-    for name in gate.holds:
-        rows.append(_row((name,), challenger, reference, against, rule, -gate.max_loss))
-    return tuple(rows)
+    model: str
+    version: str
+    run_id: str
+    aliases: tuple[str, ...]
+    commit: str | None
+    decision: Decision | None
+    reference: Mapping[str, float] | None
 
 
-def _row(
-    names: Sequence[str],
-    challenger: Mapping[str, float],
-    reference: Mapping[str, float],
-    against: str,
-    rule: str = "",
-    least: float = 0.0,
-) -> Row:
-    mine, other = _mean(names, challenger, "the challenger"), _mean(names, reference, against)
-    assert mine is not None
-    change = None if other is None else round(mine - other, 9)
-    passed = change >= least if rule and change is not None else None
-    label = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
-    return Row(label, other, mine, change, rule, passed)
+def standing(config: Registry, model_digest: str) -> Standing | None:
+    """How the registry has the model with that manifest digest; none if it is not registered."""
+    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    known = tracking.find_version(client, config.model, {tracking.MODEL_DIGEST: model_digest})
+    if known is None:
+        return None
+    version = str(known.version)
+    named = tracking.aliases(client, config.model)
+    decision = _decision(known.run_id) if "gate" in known.tags else None
+    reference = None
+    if decision is not None and decision.against != START:
+        other = decision.against.removeprefix("version ")
+        reference = tracking.version_of(client, config.model, other)[1]
+    aliases = tuple(sorted(alias for alias, holder in named.items() if holder == version))
+    commit = known.tags.get("commit")
+    return Standing(config.model, version, known.run_id, aliases, commit, decision, reference)
 
 
-def _mean(names: Sequence[str], metrics: Mapping[str, float], whose: str) -> float | None:
-    missing = [name for name in names if name not in metrics]
-    if missing and whose != START:
-        raise UserError(
-            f"registry.gate: {whose} has no metric {missing[0]!r}; take it out of the gate, or "
-            "evaluate and register again"
-        )
-    return None if missing else fmean(metrics[name] for name in names)
+def _decision(run_id: str) -> Decision:
+    """The decision that :func:`promote` left in the run."""
+    from mlflow.artifacts import load_dict
 
-
-def verdict(rows: Sequence[Row], against: str) -> tuple[bool, str]:
-    """Whether the rows let a version pass, and why in one line; the first version always does."""
-    if against == START:
-        return True, "there is no champion yet"
-    failed = [row for row in rows if row.passed is False]
-    told = [
-        f"{row.metric} {row.reference:.3f} -> {row.challenger:.3f} ({row.rule})"
-        for row in failed or rows
-        if row.rule
-    ]
-    return not failed, "; ".join(told) or "the gate has no rules"
+    stored = load_dict(f"runs:/{run_id}/{GATE}")
+    return Decision(**{**stored, "rows": tuple(Row(**row) for row in stored["rows"])})
 
 
 def rollback(config: Registry) -> str:

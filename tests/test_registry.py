@@ -20,9 +20,10 @@ from ldm import __version__, tracking
 from ldm.artifacts import opening, writing
 from ldm.config import Evaluate, Gate, Registry, Sampling
 from ldm.errors import UserError
+from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
-from ldm.registry import judge, promote, register, rollback, verdict
+from ldm.registry import promote, register, rollback
 
 SAMPLING = Sampling(sampler="ddim", steps=2, guidance=2.0)
 LOG = [

@@ -94,7 +94,8 @@ def prompts(per_group: int) -> list[dict[str, Any]]:
     }
     drawn: list[dict[str, Any]] = []
     for group, (shapes, wanted) in groups.items():
-        rng, seen = random.Random(f"prompts/{group}"), set()
+        rng = random.Random(f"prompts/{group}")
+        seen: set[Description] = set()
         while len(seen) < per_group:
             description = _until(rng, shapes, wanted)
             if description in seen:

@@ -46,13 +46,13 @@ FRINGE = 3.0
 """How far an object's soft edge reaches beyond its core, in pixels."""
 IMPURITY = 45.0
 """RGB distance from the blend of object and background that makes a pixel impure."""
-IMPURE_SHARE = 0.1
+IMPURE_SHARE = 0.2
 """Impure pixels, as a share of the object's area, that make its colour unreadable."""
 SMOOTHING = 1.0
 """Gaussian blur of a soft mask, in pixels: takes noise out before the comparison."""
 TEMPLATE_BLURS = (1.25, 1.0, 1.5, 1.8)
 """The same for a template, most likely first: ``SMOOTHING`` and a decoder's 0 to 1.5 pixels."""
-MISFIT, MISFIT_SHARE = 0.2, 0.02
+MISFIT, MISFIT_SHARE = 0.25, 0.02
 """How far, in pixels, an edge may lie from the template's on average: for the decoder's wobble,
 and, as a share of the radius, for the drawing."""
 SIZE_MARGIN = 1.5

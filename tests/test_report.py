@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import base64
+import html
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import ldm.evaluate as evaluation_stage
+import ldm.registry
+from ldm.artifacts import opening, write_json, write_whole, writing
+from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
+from ldm.encode import posterior_moments
+from ldm.errors import UserError
+from ldm.evaluate import Judged, Prompt
+from ldm.first_stage.vae import build_vae, reconstruct
+from ldm.gate import Decision, judge
+from ldm.images import decode_image, encode_png, psnr
+from ldm.ingest.report import report as ingest_report
+from ldm.ingest.report import table
+from ldm.ingest.rows import Row, Skip
+from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
+from ldm.report import read_curves, report
+from ldm.report_chart import NARROW, WIDE, Curves, charts, smooth, ticks
+from ldm.scenes.lists import prompts as scene_prompts
+from ldm.scenes.lists import read_description, scene_of
+from ldm.scenes.reader import mismatch, read_scene
+from ldm.scenes.render import draw
+from ldm.scenes.world import lay_out
+from ldm.shards import ShardWriter
+
+CPU = torch.device("cpu")
+EVIL = """<script>alert("x")</script> & 'more'"""
+EVIL_FAULT = "<b>2</b> objects & no <img src=x onerror=alert(1)>"
+SIZES = {"train": 6, "validation": 12}
+ARTEFACTS = ("images", "latents", "model", "eval")
+
+
+# --- artefacts as the stages write them -----------------------------------------------------------
+
+
+def write_images(out: Path, sizes: dict[str, int], skips: Sequence[Skip]) -> None:
+    config = Ingest().as_dict()
+    rows = {
+        split: count + sum(s.row.split == split for s in skips) for split, count in sizes.items()
+    }
+    inputs = {"train.csv": "a1" * 32, "validation.csv": "b2" * 32}
+    with writing(out, "images", config=config, inputs=inputs, counts=dict(sizes)) as fresh:
+        for split, count in sizes.items():
+            with ShardWriter(fresh, split, 1000) as writer:
+                for row in range(count):
+                    picture = encode_png(draw(scene_of("retrain", split, row)[1]))
+                    about = json.dumps({"caption": f"{split} {row} {EVIL}"}).encode()
+                    writer.write(f"{row:08d}", {"png": picture, "json": about})
+        write_json(fresh / "report.json", ingest_report(rows, sizes, skips))
+        write_whole(fresh / "skipped.csv", table(skips))
+
+
+def write_latents(out: Path, images: Path, vae: AutoencoderKL, sizes: dict[str, int]) -> None:
+    config = {
+        "compute": "float32",
+        "storage": "float32",
+        "scaling_factor": 0.5,
+        "shift_factor": 0.0,
+    }
+    inputs = {"images": opening(images, "images", "ingest").digest, "vae": "c3" * 32}
+    with writing(out, "latents", config=config, inputs=inputs, counts=dict(sizes)) as fresh:
+        for split, count in sizes.items():
+            pixels = np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])
+            with ShardWriter(fresh, split, 1000) as writer:
+                for row, moments in enumerate(posterior_moments(vae, pixels, CPU)):
+                    about = json.dumps({"caption": "", "text": text_key("")}).encode()
+                    writer.write(f"{row:08d}", {MOMENTS: to_npy(moments), ABOUT: about})
+
+
+def write_model(
+    out: Path, latents: Path, vae: AutoencoderKL, log: Sequence[dict[str, Any]]
+) -> None:
+    inputs = {"latents": opening(latents, "latents", "encode").digest, "start": "d4" * 32}
+    counts = {"steps": 1200, "samples": 76800}
+    with writing(out, "model", config=Train().as_dict(), inputs=inputs, counts=counts) as fresh:
+        vae.save_pretrained(fresh / "vae")
+        lines = "".join(f"{json.dumps(line)}\n" for line in log)
+        write_whole(fresh / "log.jsonl", lines.encode())
+
+
+def write_eval(
+    out: Path, model: Path, prompts: Sequence[Prompt], now: Judged, before: Judged
+) -> dict[str, Any]:
+    metrics = {
+        **now.adherence(prompts),
+        "clip_score": 27.125,
+        "val_loss": 0.1375,
+        "start": {**before.adherence(prompts), "clip_score": 24.5},
+    }
+    inputs = {"model": opening(model, "model", "train").digest, "prompts": "e5" * 32}
+    counts = {"prompts": len(prompts)}
+    config = Evaluate().as_dict()
+    with writing(out, "eval", config=config, inputs=inputs, counts=counts) as fresh:
+        write_json(fresh / "metrics.json", metrics)
+        evaluation_stage._write_samples(fresh, prompts, now, before)
+    return metrics
+
+
+def training_log(steps: int = 1200) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    log: list[dict[str, Any]] = []
+    for step in range(20, steps + 1, 20):
+        loss = 0.14 + 0.12 * np.exp(-step / 250) + 0.012 * rng.standard_normal()
+        rate = 1e-3 * min(step / 50, 0.5 + 0.5 * np.cos(np.pi * step / steps))
+        log.append({"step": step, "loss": round(float(loss), 6), "lr": float(rate)})
+        if step % 300 == 0:
+            log.append({"step": step, "val_loss": round(0.13 + 0.1 * np.exp(-step / 300), 6)})
+    return log
+
+
+def some_prompts(a_group: int) -> list[Prompt]:
+    return [Prompt(**prompt, seed=at) for at, prompt in enumerate(scene_prompts(a_group))]
+
+
+def drawn(prompts: Sequence[Prompt], right: dict[str, float], seed: int) -> Judged:
+    """Pictures of the prompts, or of others', judged by the scene reader."""
+    rng = random.Random(seed)
+    pictures = []
+    for prompt in prompts:
+        shown = prompt if rng.random() < right[prompt.group] else rng.choice(prompts)
+        pictures.append(draw(lay_out(read_description(shown.scene), rng)))
+    faults = [
+        mismatch(read_scene(picture), read_description(prompt.scene))
+        for picture, prompt in zip(pictures, prompts, strict=True)
+    ]
+    return Judged(np.stack(pictures), faults)
+
+
+def some_skips() -> list[Skip]:
+    reasons = {"http 404": 3, "not an image": 2, "empty caption": 1}
+    return [
+        Skip(Row("train", 100 + 10 * len(reason) + at, "http://127.0.0.1:8964/x.png", ""), reason)
+        for reason, count in reasons.items()
+        for at in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Fixture:
+    root: Path
+    prompts: list[Prompt]
+    now: Judged
+    before: Judged
+    metrics: dict[str, Any]
+
+    def report(self, out: Path, registry: Registry | None = None) -> str:
+        paths = (self.root / name for name in ARTEFACTS)
+        report(registry or Registry(tracking_uri=f"sqlite:///{out}.db"), *paths, out)
+        return (out / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    root = tmp_path_factory.mktemp("artefacts")
+    torch.manual_seed(0)
+    vae = build_vae(VaeTraining(widths=(8, 8), norm_groups=4), 64).eval()
+    prompts = some_prompts(5)
+    prompts[1] = Prompt(**{**asdict(prompts[1]), "prompt": EVIL, "english": "evil"})
+    now = drawn(prompts, {"known": 0.9, "new": 0.7, "heldout": 0.5}, 1)
+    before = drawn(prompts, {"known": 0.9, "new": 0.0, "heldout": 0.3}, 2)
+    now.faults[1] = EVIL_FAULT
+    write_images(root / "images", SIZES, some_skips())
+    write_latents(root / "latents", root / "images", vae, SIZES)
+    write_model(root / "model", root / "latents", vae, training_log())
+    metrics = write_eval(root / "eval", root / "model", prompts, now, before)
+    return Fixture(root, prompts, now, before, metrics)
+
+
+@pytest.fixture(scope="module")
+def page(made: Fixture, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return made.report(tmp_path_factory.mktemp("out") / "report")
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    tags = Tags(page).tags
+    assert {"script", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in tags)
+    for tag, attributes in tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "srcset", "action", "xlink:href", "poster"):
+            assert (attributes.get(name) or "#").startswith(("data:", "#")), (tag, attributes)
+    assert re.findall(r"url\((?!#)|@import", page) == []
+    (policy,) = [a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_local_references_have_their_target(page: str) -> None:
+    tags = Tags(page).tags
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    wanted = {a["href"] for _, a in tags if (a.get("href") or "").startswith("#")}
+    wanted |= set(re.findall(r"url\((#[^)]*)\)", page))
+    assert wanted <= {f"#{name}" for name in names}
+
+
+def test_every_prompt_gloss_and_fault_is_there_and_inert(made: Fixture, page: str) -> None:
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    text = Tags(page).text
+    for prompt, fault in zip(made.prompts, made.now.faults, strict=True):
+        assert prompt.prompt in text
+        assert fault is None or fault in text
+        assert prompt.prompt.isascii() or prompt.english in text
+    for fault in made.before.faults:
+        assert fault is None or f'title="{html.escape(fault, quote=False)}"' in page
+
+
+def test_every_picture_is_there_to_the_pixel(made: Fixture, page: str) -> None:
+    images = [a for tag, a in Tags(page).tags if tag == "img" and "small" not in (a["class"] or "")]
+    pixels = [decode_image(base64.b64decode((a["src"] or "").split(",")[1])) for a in images]
+    pairs = list(zip(pixels[0::2], pixels[1::2], strict=True))
+    for (now, before), mine, earlier in zip(
+        pairs, made.now.pixels, made.before.pixels, strict=False
+    ):
+        assert np.array_equal(now, mine)
+        assert np.array_equal(before, earlier)
+    assert len(pairs) == len(made.prompts) + 8
+
+
+def test_figures_are_those_of_metrics_json(made: Fixture, page: str) -> None:
+    text = " ".join(Tags(page).text.split())
+    for metric, name in (
+        ("adherence", "Known"),
+        ("adherence_new", "New"),
+        ("adherence_heldout", "Held out"),
+    ):
+        before, now = made.metrics["start"][metric], made.metrics[metric]
+        change = f"{100 * (now - before):+.1f} pt".replace("-", "−")
+        assert f"{100 * now:.0f}% {change} {100 * before:.0f}% before → {100 * now:.0f}%" in text
+        assert f"{before:.1%} {now:.1%} {change}" in text
+        assert f"{name} " in text
+    assert "24.5 27.12 +2.62" in text
+    assert "0.1375" in text
+
+
+def test_reconstructions_come_from_the_cached_mean(made: Fixture, page: str) -> None:
+    vae = AutoencoderKL.from_pretrained(made.root / "model" / "vae")
+    pixels = np.stack([draw(scene_of("retrain", "validation", row)[1]) for row in range(12)])
+    quality = psnr(pixels, reconstruct(vae, pixels, CPU))
+    text = Tags(page).text
+    assert f"{quality.mean():.1f} dB over 12 pictures" in " ".join(text.split())
+    for one in quality[:8]:
+        assert f"{one:.1f} dB" in text
+
+
+def test_ingest_counts_and_the_skipped_rows(page: str) -> None:
+    parsed = Tags(page)
+    text = " ".join(parsed.text.split())
+    assert "24 rows" in text
+    assert "18 kept" in text
+    assert "6 skipped" in text
+    assert "http 404 3" in text.replace("http 4043", "http 404 3")
+    (link,) = [a for tag, a in parsed.tags if tag == "a" and a.get("download") == "skipped.csv"]
+    content = base64.b64decode((link["href"] or "").split(",")[1]).decode()
+    assert content == table(some_skips()).decode()
+
+
+def test_lineage_names_every_digest(made: Fixture, page: str) -> None:
+    kinds = {"images": "images", "latents": "latents", "model": "model", "eval": "eval"}
+    for name, kind in kinds.items():
+        manifest = opening(made.root / name, kind, "x")
+        assert f'<code title="{manifest.digest}">{manifest.digest[:12]}</code>' in page
+        assert all(digest in page for digest in manifest.inputs.values())
+    assert "learning_rate" in page
+
+
+def test_without_a_registry_nothing_is_asked_and_no_database_made(
+    made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    page = made.report(tmp_path / "report", Registry())
+    assert "not registered" in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+def test_same_artefacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:
+    assert made.report(tmp_path / "report") == page
+    digests = opening(tmp_path / "report", "report", "report").inputs
+    assert digests == {name: opening(made.root / name, name, "x").digest for name in ARTEFACTS}
+
+
+@pytest.mark.parametrize("missing", ARTEFACTS)
+def test_a_missing_artefact_names_its_stage(made: Fixture, tmp_path: Path, missing: str) -> None:
+    paths = [made.root / name if name != missing else tmp_path / name for name in ARTEFACTS]
+    stage = {"images": "ingest", "latents": "encode", "model": "train", "eval": "evaluate"}[missing]
+    with pytest.raises(UserError, match=f"{missing}: no such directory; run `ldm {stage}`"):
+        report(Registry(), *paths, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_artefacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"train": 1, "validation": 1}, ())
+    paths = [tmp_path / "images", *(made.root / name for name in ARTEFACTS[1:])]
+    with pytest.raises(UserError, match="latents: was made from another images than"):
+        report(Registry(), *paths, tmp_path / "report")
+
+
+# --- what the registry says -----------------------------------------------------------------------
+
+
+REFERENCE = {"adherence": 0.9, "adherence_new": 0.2, "adherence_heldout": 0.25, "clip_score": 26.0}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What ``ldm.registry.standing`` answers."""
+
+    decision: Decision | None
+    model: str = "ldm"
+    version: str = "3"
+    run_id: str = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+    aliases: tuple[str, ...] = ("challenger", "champion")
+    commit: str | None = "8cd4cc2a"
+    reference: dict[str, float] = field(default_factory=lambda: REFERENCE)
+
+
+def decision(metrics: dict[str, Any], promoted: bool, against: str = "version 2") -> Decision:
+    rows = judge(Gate(), metrics, REFERENCE, against)
+    reason = "mean of adherence_new, adherence_heldout 0.225 -> 0.600 (must rise)"
+    return Decision("ldm", "3", against, rows, promoted, reason)
+
+
+@pytest.fixture
+def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Report with a registry that says this of the model."""
+    database = tmp_path / "mlflow.db"
+    database.touch()
+
+    def build(standing: Known | None) -> str:
+        asked = []
+
+        def answer(config: Registry, digest: str) -> Known | None:
+            asked.append(digest)
+            return standing
+
+        monkeypatch.setattr(ldm.registry, "standing", answer, raising=False)
+        page = made.report(tmp_path / "report", Registry(tracking_uri=f"sqlite:///{database}"))
+        assert asked == [opening(made.root / "model", "model", "train").digest]
+        return page
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("promoted", "aliases", "headline"),
+    [
+        (True, ("champion",), "ldm version 3 is champion: "),
+        (True, ("previous",), "ldm version 3 was champion for a time: "),
+        (False, ("challenger",), "ldm version 3 is not promoted: "),
+    ],
+)
+def test_headline_is_the_gates_decision(
+    made: Fixture, known: Any, promoted: bool, aliases: tuple[str, ...], headline: str
+) -> None:
+    text = " ".join(
+        Tags(known(Known(decision(made.metrics, promoted), aliases=aliases))).text.split()
+    )
+    assert headline + "mean of new, held out 0.225 → 0.600 (must rise)" in text
+    assert "Metrics against version 2" in text
+    assert "Mean of new and held out" in text
+    assert "90.0%" in text
+    assert Known.run_id in text
+    assert "8cd4cc2a" in text
+
+
+def test_registered_but_not_judged(known: Any) -> None:
+    text = " ".join(Tags(known(Known(None, aliases=("challenger",)))).text.split())
+    assert "ldm version 3 waits for the gate" in text
+    assert "has not judged this version yet" in text
+
+
+def test_first_version_is_compared_with_its_start(made: Fixture, known: Any) -> None:
+    text = " ".join(Tags(known(Known(decision(made.metrics, True, "start")))).text.split())
+    assert "ldm version 3 is champion: there was none before it" in text
+    assert "Metrics against the starting model" in text
+
+
+def test_registry_without_this_model(known: Any) -> None:
+    assert "not registered" in known(None)
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert ticks(0, 1200, 9) == [0, 200, 400, 600, 800, 1000, 1200]
+    assert ticks(0.12, 0.27, 6) == [0.15, 0.2, 0.25]
+    assert ticks(0, 0.001, 3) == [0, 0.0005, 0.001]
+    for most in (2, 3, 5, 9):
+        for low, high in ((0.0, 1.0), (0.137, 0.1371), (3.0, 9e5), (5.0, 5.0)):
+            assert len(ticks(low, high, most)) <= most + 1
+
+
+def test_smoothing_keeps_a_line_and_the_mean_of_noise() -> None:
+    assert smooth([1.0, 1.0, 1.0], 3) == [1.0, 1.0, 1.0]
+    assert smooth([0.0, 3.0, 0.0], 3) == [1.5, 1.0, 1.5]
+    assert smooth([], 3) == []
+
+
+def test_curves_leave_out_what_is_no_number(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": NaN, "lr": 0.1}',
+        '{"step": 2, "loss": 0.5, "lr": 0.1}',
+        '{"step": 2, "val_loss": Infinity}',
+        '{"step": 3, "val_loss": 0.4}',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert read_curves(tmp_path / "log.jsonl") == Curves([2], [0.5], [0.1], [(3, 0.4)])
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("points", [0, 1, 2, 30, 5000])
+def test_charts_of_any_length_stay_small_and_inside(points: int, width: int) -> None:
+    steps = list(range(20, 20 * points + 1, 20))
+    curves = Curves(steps, [0.3] * points, [1e-3] * points, [(20 * points + 1, 0.2)])
+    loss, rate = charts(curves, width)
+    assert bool(rate) == bool(points)
+    for chart in (loss, rate):
+        assert len(chart) < 60_000
+        assert "nan" not in chart
+        assert "inf" not in chart
+        for x, y in re.findall(
+            r"([\d.-]+),([\d.-]+)", "".join(re.findall(r'points="[^"]*"', chart))
+        ):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= 300
