@@ -112,12 +112,12 @@ class Train(Section):
     """With ``init: random``."""
     noise: NoiseSchedule = NoiseSchedule()
     """With ``init: random``; otherwise the starting model's own scheduler rules."""
-    steps: Count = 1200
+    steps: Count = 600
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
@@ -127,7 +127,7 @@ class Train(Section):
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 20
-    validate_every: Count = 300
+    validate_every: Count = 200
     checkpoint_every: Count = 300
     keep_checkpoints: Count = 2
     accelerate: str = "infra/accelerate/cpu.yaml"

@@ -159,7 +159,11 @@ class Run:
         if not self.client.search_registered_models(f"name = '{name}'"):
             self.client.create_registered_model(name)
         made = self.client.create_model_version(
-            name, source, self.identity, tags=dict(tags), description=about
+            *(name, source, self.identity),
+            tags=dict(tags),
+            description=about,
+            # A server refuses a logged model's URI without it.
+            model_id=source.removeprefix("models:/"),
         )
         return str(made.version)
 
