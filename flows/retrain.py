@@ -28,6 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 EVAL = Path("artifacts/eval")
 
 
+ADVICE = (
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes",
+    "git add ",
+    "To enable auto staging",
+    "dvc config ",
+    "Use `dvc push`",
+)
+"""Beginnings of lines that DVC prints for a person at a terminal."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a stage: ``cached`` or ``run``, in seconds."""
@@ -47,7 +59,12 @@ def stage(name: str, root: Path) -> Outcome:
     logger = get_run_logger()
     started = time.monotonic()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s", name]
-    lines = run(command, root, logger.info)
+
+    def log(line: str) -> None:
+        if not line.strip().startswith(ADVICE):
+            logger.info(line)
+
+    lines = run(command, root, log)
     ran = any(line.startswith(f"Running stage '{name}'") for line in lines)
     outcome = Outcome(name, "run" if ran else "cached", round(time.monotonic() - started, 1))
     logger.info("%s: %s in %.1f s", outcome.stage, outcome.what, outcome.seconds)

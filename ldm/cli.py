@@ -6,13 +6,18 @@ Heavy imports sit inside the commands, so that ``ldm --help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm import __version__
 from ldm.errors import UserError
 from ldm.quiet import quieten
+
+if TYPE_CHECKING:
+    from ldm.config import Params
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -98,10 +103,13 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("generated"))
 
 
-def _params(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _params(options: argparse.Namespace) -> Params:
     from ldm.config import load_params
 
-    return load_params(options.params, options.set)
+    params = load_params(options.params, options.set)
+    # Whatever resolves `models:/...` further down, the trainer too, asks the same registry.
+    os.environ.setdefault("MLFLOW_TRACKING_URI", params.registry.tracking_uri)
+    return params
 
 
 def _scenes(options: argparse.Namespace) -> None:

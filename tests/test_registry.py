@@ -352,6 +352,12 @@ def test_promotion_and_the_way_back(
     assert promote(config, better).promoted
     assert aliases(config) == {"challenger": better, "champion": better, "previous": first}
     assert "rolled_back" not in client.get_model_version(config.model, better).tags
+
+    best = version(config, tmp_path, pipeline, "best", adherence_new=1.0)
+    assert promote(config).promoted
+    assert aliases(config) == {"challenger": best, "champion": best, "previous": better}
+    assert rollback(config) == better
+    assert aliases(config) == {"challenger": best, "champion": better, "previous": first}
     lines = capsys.readouterr().out.splitlines()
     assert f"rollback: promotion version {first} is champion again, in place of {better}" in lines
 
