@@ -25,20 +25,8 @@ from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
 from ldm.report_chart import Curves
-from ldm.report_page import (
-    GROUPS,
-    Group,
-    Link,
-    Page,
-    Picture,
-    Reconstruction,
-    Sample,
-    compared_with,
-    comparison,
-    registered,
-    render,
-    verdict,
-)
+from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, render
+from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
 from ldm.shards import ShardReader
 from ldm.tracking import tracking_uri
 
@@ -66,15 +54,15 @@ def report(
     made = _opened(images, latents, model, evaluation)
     standing = _standing(registry, made["model"].digest)
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    groups = _groups(evaluation, metrics)
+    lines = comparison(metrics, standing, registry.gate)
     curves = read_curves(model / "log.jsonl")
     reconstructions = _reconstructions(made["images"], latents, model)
     page = Page(
-        verdict=verdict(standing, groups),
+        verdict=verdict(standing, lines),
         registered=registered(standing),
-        groups=groups,
+        groups=_groups(evaluation, metrics),
         champion=compared_with(standing),
-        lines=comparison(metrics, standing, registry.gate),
+        lines=lines,
         curves=curves,
         training=_training(made["model"], curves),
         ingest=json.loads((images / "report.json").read_text()),
@@ -124,13 +112,14 @@ def _groups(evaluation: Path, metrics: Mapping[str, Any]) -> list[Group]:
             _picture(decode_image((evaluation / folder / f"{number:03d}.png").read_bytes()))
             for folder in ("model", "start")
         )
-        prompt, english = told["prompt"], told["english"]
+        prompt = told["prompt"]
         chinese = any("一" <= letter <= "鿿" for letter in prompt)
         samples.setdefault(told["group"], []).append(
             Sample(
                 prompt=prompt,
-                language="zh" if chinese else "en",
-                gloss="" if prompt.isascii() else english,
+                language="zh" if chinese else "en" if prompt.isascii() else "",
+                gloss="" if prompt.isascii() else told["english"],
+                judged=told["scene"] is not None,
                 fault=told["fault"],
                 start_fault=told["start_fault"],
                 picture=drawn,
@@ -138,7 +127,7 @@ def _groups(evaluation: Path, metrics: Mapping[str, Any]) -> list[Group]:
             )
         )
     return [
-        Group(name, meaning, metrics["start"][metric], metrics[metric], samples[group])
+        Group(name, meaning, metrics["start"].get(metric), metrics.get(metric), samples[group])
         for group, (metric, name, meaning) in GROUPS.items()
         if samples[group]
     ]

@@ -41,7 +41,7 @@ def numbers(values: Sequence[float]) -> list[str]:
     if any("e" in text for text in plain):
         return plain
     decimals = max((len(text.partition(".")[2]) for text in plain), default=0)
-    return [f"{value:.{decimals}f}" for value in values]
+    return [f"{value:.{decimals}f}" if value else "0" for value in values]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

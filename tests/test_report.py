@@ -6,9 +6,10 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,16 @@ from ldm.errors import UserError
 from ldm.evaluate import Judged, Prompt
 from ldm.first_stage.vae import build_vae, reconstruct
 from ldm.gate import Decision, judge
+from ldm.gate import verdict as gate_verdict
 from ldm.images import decode_image, encode_png, psnr
 from ldm.ingest.report import report as ingest_report
 from ldm.ingest.report import table
 from ldm.ingest.rows import Row, Skip
 from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
+from ldm.registry import Standing
 from ldm.report import read_curves, report
 from ldm.report_chart import NARROW, WIDE, Curves, charts, smooth, ticks
+from ldm.report_verdict import change, comparison, figure, percent
 from ldm.scenes.lists import prompts as scene_prompts
 from ldm.scenes.lists import read_description, scene_of
 from ldm.scenes.reader import mismatch, read_scene
@@ -203,6 +207,11 @@ class Tags(HTMLParser):
         self.text += data
 
 
+def words(page: str) -> str:
+    """The page's text with single spaces, also where only a tag parts it."""
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -253,16 +262,16 @@ def test_every_picture_is_there_to_the_pixel(made: Fixture, page: str) -> None:
 
 
 def test_figures_are_those_of_metrics_json(made: Fixture, page: str) -> None:
-    text = " ".join(Tags(page).text.split())
+    text = words(page)
     for metric, name in (
         ("adherence", "Known"),
         ("adherence_new", "New"),
         ("adherence_heldout", "Held out"),
     ):
         before, now = made.metrics["start"][metric], made.metrics[metric]
-        change = f"{100 * (now - before):+.1f} pt".replace("-", "−")
-        assert f"{100 * now:.0f}% {change} {100 * before:.0f}% before → {100 * now:.0f}%" in text
-        assert f"{before:.1%} {now:.1%} {change}" in text
+        change_told = change(now - before, True)
+        assert f"{100 * now:.0f} % {change_told} from {100 * before:.0f}%" in text
+        assert f"{before:.1%} {now:.1%} {change_told}" in text
         assert f"{name} " in text
     assert "24.5 27.12 +2.62" in text
     assert "0.1375" in text
@@ -273,18 +282,18 @@ def test_reconstructions_come_from_the_cached_mean(made: Fixture, page: str) -> 
     pixels = np.stack([draw(scene_of("retrain", "validation", row)[1]) for row in range(12)])
     quality = psnr(pixels, reconstruct(vae, pixels, CPU))
     text = Tags(page).text
-    assert f"{quality.mean():.1f} dB over 12 pictures" in " ".join(text.split())
+    assert f"{quality.mean():.1f} dB over 12 pictures" in words(page)
     for one in quality[:8]:
         assert f"{one:.1f} dB" in text
 
 
 def test_ingest_counts_and_the_skipped_rows(page: str) -> None:
     parsed = Tags(page)
-    text = " ".join(parsed.text.split())
+    text = words(page)
     assert "24 rows" in text
     assert "18 kept" in text
     assert "6 skipped" in text
-    assert "http 404 3" in text.replace("http 4043", "http 404 3")
+    assert "http 404 3 not an image 2 empty caption 1" in text
     (link,) = [a for tag, a in parsed.tags if tag == "a" and a.get("download") == "skipped.csv"]
     content = base64.b64decode((link["href"] or "").split(",")[1]).decode()
     assert content == table(some_skips()).decode()
@@ -334,85 +343,120 @@ def test_artefacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) 
 # --- what the registry says -----------------------------------------------------------------------
 
 
-REFERENCE = {"adherence": 0.9, "adherence_new": 0.2, "adherence_heldout": 0.25, "clip_score": 26.0}
+REFERENCE = {"adherence": 0.8, "adherence_new": 0.2, "adherence_heldout": 0.25, "clip_score": 26.0}
 
 
-@dataclass(frozen=True)
-class Known:
-    """What ``ldm.registry.standing`` answers."""
-
-    decision: Decision | None
-    model: str = "ldm"
-    version: str = "3"
-    run_id: str = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
-    aliases: tuple[str, ...] = ("challenger", "champion")
-    commit: str | None = "8cd4cc2a"
-    reference: dict[str, float] = field(default_factory=lambda: REFERENCE)
+def standing(decision: Decision | None, *aliases: str) -> Standing:
+    reference = REFERENCE if decision and decision.against != "start" else None
+    return Standing("ldm", "3", "0f1e2d3c4b5a", aliases, "8cd4cc2a", decision, reference)
 
 
-def decision(metrics: dict[str, Any], promoted: bool, against: str = "version 2") -> Decision:
+def decision(metrics: dict[str, Any], against: str = "version 2") -> Decision:
     rows = judge(Gate(), metrics, REFERENCE, against)
-    reason = "mean of adherence_new, adherence_heldout 0.225 -> 0.600 (must rise)"
-    return Decision("ldm", "3", against, rows, promoted, reason)
+    return Decision("ldm", "3", against, rows, *gate_verdict(rows, against))
 
 
 @pytest.fixture
 def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Report with a registry that says this of the model."""
+    """The page's text, with a registry that says this of the model."""
     database = tmp_path / "mlflow.db"
     database.touch()
 
-    def build(standing: Known | None) -> str:
+    def text(answer: Standing | None) -> str:
         asked = []
 
-        def answer(config: Registry, digest: str) -> Known | None:
+        def stub(config: Registry, digest: str) -> Standing | None:
             asked.append(digest)
-            return standing
+            return answer
 
-        monkeypatch.setattr(ldm.registry, "standing", answer, raising=False)
+        monkeypatch.setattr(ldm.registry, "standing", stub)
         page = made.report(tmp_path / "report", Registry(tracking_uri=f"sqlite:///{database}"))
         assert asked == [opening(made.root / "model", "model", "train").digest]
-        return page
+        return words(page)
 
-    return build
+    return text
 
 
 @pytest.mark.parametrize(
-    ("promoted", "aliases", "headline"),
-    [
-        (True, ("champion",), "ldm version 3 is champion: "),
-        (True, ("previous",), "ldm version 3 was champion for a time: "),
-        (False, ("challenger",), "ldm version 3 is not promoted: "),
-    ],
+    ("alias", "claim"), [("champion", "is champion"), ("previous", "was champion for a time")]
 )
-def test_headline_is_the_gates_decision(
-    made: Fixture, known: Any, promoted: bool, aliases: tuple[str, ...], headline: str
-) -> None:
-    text = " ".join(
-        Tags(known(Known(decision(made.metrics, promoted), aliases=aliases))).text.split()
-    )
-    assert headline + "mean of new, held out 0.225 → 0.600 (must rise)" in text
+def test_headline_of_a_promotion(made: Fixture, known: Any, alias: str, claim: str) -> None:
+    text = known(standing(decision(made.metrics), alias))
+    headline = f"promoted Training report ldm version 3 {claim}: new and held out on average 23% → "
+    assert headline in text
+    assert f"aliases {alias} MLflow run 0f1e2d3c4b5a code commit 8cd4cc2a" in text
+
+
+def test_headline_of_a_refusal_is_the_failed_rule(made: Fixture, known: Any) -> None:
+    text = known(standing(decision({**made.metrics, "adherence": 0.5}), "challenger"))
+    assert (
+        "not promoted Training report ldm version 3 is not promoted: "
+        "known 80% → 50% (may fall by 0.03 at most)"
+    ) in text
+
+
+def test_comparison_with_the_former_champion(made: Fixture, known: Any) -> None:
+    text = known(standing(decision(made.metrics), "champion"))
     assert "Metrics against version 2" in text
-    assert "Mean of new and held out" in text
-    assert "90.0%" in text
-    assert Known.run_id in text
-    assert "8cd4cc2a" in text
+    new, held_out = "adherence_new", "adherence_heldout"
+    mean, start = (fmean((m[new], m[held_out])) for m in (made.metrics, made.metrics["start"]))
+    row = f"{start:.1%} 22.5% {mean:.1%} {100 * (mean - 0.225):+.1f} pt must rise"
+    assert f"Mean of new and held out what the gate looks at {row}" in text
+    assert "24.5 26 27.12 +1.12 –" in text
+
+
+def test_a_failed_rule_is_marked(made: Fixture) -> None:
+    now = {**made.metrics, "adherence": 0.5}
+    lines = {line.metric: line for line in comparison(now, standing(decision(now)), Gate())}
+    assert lines["adherence"].passed is False
+    assert lines["adherence"].mood == "bad"
+    assert lines["adherence"].rule == "may fall by 0.03 at most"
+    assert lines["adherence_new"].passed is None
+
+
+def test_lower_validation_loss_is_better(made: Fixture) -> None:
+    reference = {**REFERENCE, "val_loss": 0.2}
+    lines = comparison(
+        made.metrics, replace(standing(decision(made.metrics)), reference=reference), Gate()
+    )
+    (line,) = [line for line in lines if line.metric == "val_loss"]
+    assert line.mood == "good"
 
 
 def test_registered_but_not_judged(known: Any) -> None:
-    text = " ".join(Tags(known(Known(None, aliases=("challenger",)))).text.split())
-    assert "ldm version 3 waits for the gate" in text
+    text = known(standing(None, "challenger"))
+    assert "ldm version 3 waits for the gate: against its start, known" in text
     assert "has not judged this version yet" in text
 
 
 def test_first_version_is_compared_with_its_start(made: Fixture, known: Any) -> None:
-    text = " ".join(Tags(known(Known(decision(made.metrics, True, "start")))).text.split())
-    assert "ldm version 3 is champion: there was none before it" in text
+    text = known(standing(decision(made.metrics, "start"), "champion"))
+    assert "ldm version 3 is champion: the first there is; against its start, known" in text
+    assert "The first version always passes." in text
     assert "Metrics against the starting model" in text
 
 
 def test_registry_without_this_model(known: Any) -> None:
-    assert "not registered" in known(None)
+    assert "Not registered yet: against its start, known" in known(None)
+
+
+# --- the open world: no scenes to hold pictures against -------------------------------------------
+
+
+def test_prompts_without_scenes_are_shown_but_not_judged(made: Fixture, tmp_path: Path) -> None:
+    prompts = [Prompt("a dog in the snow", 0), Prompt("雪地里的狗", 1)]
+    nothing = Judged(made.now.pixels[:2], [None, None])
+    write_eval(tmp_path / "eval", made.root / "model", prompts, nothing, nothing)
+    paths = [made.root / name for name in ARTEFACTS[:3]]
+    report(Registry(tracking_uri="sqlite:///none.db"), *paths, tmp_path / "eval", tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    text = words(page)
+    assert "Not registered yet: against its start, CLIP score 24.5 → 27.12" in text
+    assert "a dog in the snow" in text
+    assert "雪地里的狗" in text
+    assert "none is judged" in text
+    assert "as asked" not in page
+    assert "Newly right" not in text
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -460,3 +504,19 @@ def test_charts_of_any_length_stay_small_and_inside(points: int, width: int) -> 
         ):
             assert 0 <= float(x) <= width
             assert 0 <= float(y) <= 300
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_numbers_in_words() -> None:
+    assert [percent(value) for value in (0, 0.125, 0.575, 1)] == ["0%", "13%", "58%", "100%"]
+    assert percent(0.6625, 1) == "66.3%"
+    assert figure(None, True) == figure(None, False) == change(None, True) == "–"
+    assert [figure(0.6625, True), figure(27.125, False)] == ["66.3%", "27.12"]
+    assert [change(0.6625, True), change(-0.0125, True), change(0.0, True)] == [
+        "+66.3 pt",
+        "−1.3 pt",
+        "±0.0 pt",
+    ]
+    assert change(-2.0, False) == "−2"
