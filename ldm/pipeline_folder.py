@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from ldm.artifacts import write_json
 from ldm.models import Source, load_text_encoder, load_vae
 
 
@@ -33,3 +35,12 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    forget_origin(folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Drop the paths that the libraries note in configurations: same model, same bytes."""
+    for path in sorted(folder.rglob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            write_json(path, content)

@@ -22,6 +22,7 @@ from ldm.first_stage.clip import retrieval, train_clip
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import reconstruction_psnr, train_vae
 from ldm.images import decode_image
+from ldm.pipeline_folder import forget_origin
 from ldm.progress import say
 from ldm.shards import ShardReader
 
@@ -69,6 +70,7 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
         tokenizer.save_pretrained(fresh / "tokenizer")
         text_encoder = CLIPTextModel.from_pretrained(fresh / "clip", dtype=torch.float16)
         text_encoder.save_pretrained(fresh / "text_encoder")
+        forget_origin(fresh)
         write_json(fresh / "measured.json", measured)
     say(
         f"first-stage: VAE {measured['vae_psnr_db']} dB, CLIP finds "

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from ldm.artifacts import opening
 from ldm.models import tiny_folder
+from ldm.pipeline_folder import forget_origin
 
 FROZEN = ("vae", "text_encoder", "tokenizer", "clip")
 
@@ -30,6 +31,7 @@ def install(model: Path, first_stage: Path, target: Path) -> None:
     shutil.rmtree(target / "scheduler", ignore_errors=True)
     shutil.copytree(model / "scheduler", target / "scheduler")
     shutil.copyfile(model / "model_index.json", target / "model_index.json")
+    forget_origin(target)
     shutil.copyfile(first_stage / "measured.json", target / "first-stage.json")
     shutil.copyfile(model / "log.jsonl", target / "training-log.jsonl")
 
