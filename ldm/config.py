@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ldm.errors import UserError
 
@@ -116,7 +116,7 @@ class Train(Section):
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 30
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -132,6 +132,12 @@ class Train(Section):
     keep_checkpoints: Count = 2
     accelerate: str = "infra/accelerate/cpu.yaml"
     """Configuration for ``accelerate launch``."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, value: object) -> object:
+        """YAML reads a bare ``no`` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Self:

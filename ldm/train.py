@@ -140,7 +140,7 @@ def _optimize(
 ) -> tuple[UNet2DConditionModel, Ema]:
     unet = unet.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     ema = Ema(unet, config.ema_decay)

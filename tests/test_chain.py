@@ -191,7 +191,8 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
         f"{server}/flow_runs/filter", b"{}", {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
-        states = {run["name"]: run["state_name"] for run in json.load(answer)}
-    due = [state for state in states.values() if state != "Scheduled"]
-    assert due == ["Completed"] * 3, states
+        runs = [run for run in json.load(answer) if run["deployment_id"]]
+    # The nightly schedule has put later runs into the calendar.
+    due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
+    assert list(due.values()) == ["Completed"] * 3, due
     assert len(list((retrained / "generated").glob("*.png"))) == 12

@@ -39,6 +39,10 @@ def test_overrides_apply() -> None:
     assert (params.train.steps, params.evaluate.sampling.guidance) == (7, 2.0)
 
 
+def test_an_unquoted_no_means_no() -> None:
+    assert load_params("tiny", ["train.mixed_precision=no"]).train.mixed_precision == "no"
+
+
 def test_every_preset_is_valid_and_differs_only_where_it_says() -> None:
     assert {"tiny", "tiny-scratch", "sd14"} <= presets().keys()
     assert load_params("tiny", []) == Params()
