@@ -104,7 +104,7 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _params(options: argparse.Namespace) -> Params:
-    from ldm.config import load_params
+    from ldm.params import load_params
 
     params = load_params(options.params, options.set)
     # Whatever resolves `models:/...` further down, the trainer too, asks the same registry.
@@ -182,8 +182,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ldm.config import with_changes
     from ldm.generate import Job, generate, read_prompts
+    from ldm.params import with_changes
     from ldm.sampling import Request
 
     params = _params(options)

@@ -1,19 +1,10 @@
-"""Every setting, typed: one frozen model a stage, read from ``params.yaml``.
-
-Unknown keys and wrong types are refused with one line that names the key. Presets are params files
-of their own under ``ldm/presets``, holding only what differs from the defaults here.
-"""
+"""Every setting, typed: one frozen model a stage. Unknown keys and wrong types are refused."""
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from ldm.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -27,9 +18,6 @@ class Section(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""
         return self.model_dump(mode="json")
-
-
-SectionKind = TypeVar("SectionKind", bound=Section)
 
 
 class Scenes(Section):
@@ -240,73 +228,3 @@ class Params(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     registry: Registry = Registry()
-
-
-def load_params(source: str, overrides: list[str]) -> Params:
-    """Read a params file, or a preset by name, and apply ``section.key=value`` overrides.
-
-    Values in overrides are YAML. Raises :class:`UserError` naming file and key.
-    """
-    path = _locate(source)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not YAML ({reason})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of sections, is {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return _validated(Params, values, str(path))
-
-
-def with_changes(section: SectionKind, changes: dict[str, Any], where: str) -> SectionKind:
-    """A copy of a section with other values, checked; ``where`` names their origin in errors."""
-    return _validated(type(section), {**section.model_dump(), **changes}, where)
-
-
-def _validated(kind: type[SectionKind], values: dict[str, Any], where: str) -> SectionKind:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}: {_explain(first)}") from error
-
-
-def presets() -> dict[str, Path]:
-    """The shipped presets by name."""
-    folder = Path(str(resources.files("ldm") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def _locate(source: str) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if source in presets():
-        return presets()[source]
-    known = ", ".join(presets())
-    raise UserError(f"{source}: no such params file, and no such preset (presets: {known})")
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise UserError(f"--set {override}: must be section.key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {override}: {parent} is not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
-
-
-def _explain(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key; check the spelling or remove it"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]} (is {error['input']!r})"

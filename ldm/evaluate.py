@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 
-from ldm.artifacts import digest_file, opening, write_json, write_whole, writing
+from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whole, writing
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
-from ldm.models import Source, load_clip, locate, locate_clip
+from ldm.models import (
+    Source,
+    digest_weights,
+    load_clip,
+    load_unet,
+    locate_clip,
+    starting_model,
+)
 from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
@@ -69,19 +78,20 @@ class Judged:
 def evaluate(
     config: Evaluate, pretrained: Pretrained, model: Path, prompts_file: Path, out: Path
 ) -> None:
-    """Draw every prompt with the trained model and with the starting one, judge and compare.
+    """Draw every prompt with the trained model and with what it started from, judge and compare.
 
     Writes ``metrics.json``, ``samples.png`` (captioned grid), ``samples.jsonl`` (a line a prompt)
     and the pictures, ``model/NNN.png`` and ``start/NNN.png``.
     """
     trained = opening(model, "model", "train")
     prompts = read_prompts(prompts_file, config.sampling.seed)
-    start = locate(pretrained.pipeline, pretrained.revision)
     inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
     ) as fresh:
-        judged = _judge(config, Source(str(model)), prompts, "evaluate model")
+        painter = Painter.load(Source(str(model)), config.compute)
+        start = _start(trained, pretrained, painter)
+        judged = _judge(config, painter, prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")
         metrics: dict[str, Any] = {
             **judged.adherence(prompts),
@@ -120,8 +130,24 @@ def gloss(prompt: Prompt) -> str:
     return prompt.prompt if prompt.prompt.isascii() else f"[zh] {prompt.english}".strip()
 
 
-def _judge(config: Evaluate, source: Source, prompts: Sequence[Prompt], what: str) -> Judged:
-    painter = Painter.load(source, config.compute)
+def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Painter:
+    """The model before its training: the UNet it started from, with the same frozen parts."""
+    init = trained.config["init"]
+    source = starting_model(init, pretrained)
+    if source is None:
+        torch.manual_seed(trained.config["seed"])
+        unet = UNet2DConditionModel.from_config(painter.unet.config)
+    else:
+        unet = load_unet(source)
+    if digest_weights(unet) != trained.inputs["start"]:
+        raise UserError(
+            f"{trained.path}: its training did not start from what train.init {init!r} is now; "
+            "run `ldm train` again"
+        )
+    return replace(painter, unet=unet.to(painter.device).eval().requires_grad_(False))
+
+
+def _judge(config: Evaluate, painter: Painter, prompts: Sequence[Prompt], what: str) -> Judged:
     requests = [Request(prompt.prompt, prompt.seed) for prompt in prompts]
     drawn = painter.draw(requests, config.sampling)
     pixels = np.stack(list(progress(drawn, what, len(requests), "pictures")))

@@ -18,8 +18,6 @@ from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
 from ldm.text import cut_off
 
-MULTIPLE = 8
-
 
 @dataclass(frozen=True)
 class Job:
@@ -39,6 +37,7 @@ def generate(model: str, requests: list[Request], job: Job, out: Path) -> None:
     """
     check(requests, job)
     painter = Painter.load(locate(model))
+    painter.latent_size(job.height, job.width)
     for request in requests:
         lost = cut_off(painter.tokenizer, request.prompt)
         if lost:
@@ -68,9 +67,6 @@ def check(requests: list[Request], job: Job) -> None:
     for number, request in enumerate(requests, start=1):
         if not request.prompt.strip():
             raise UserError(f"prompt {number}: is empty; give it a text")
-    for name, value in (("height", job.height), ("width", job.width)):
-        if value is not None and (value < MULTIPLE or value % MULTIPLE):
-            raise UserError(f"--{name} {value}: must be a positive multiple of {MULTIPLE}")
     if job.images_per_prompt < 1:
         raise UserError(f"--num-images {job.images_per_prompt}: must be at least 1")
 

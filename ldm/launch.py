@@ -17,14 +17,20 @@ from ldm.errors import UserError
 def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> None:
     """Run ``ldm.train`` with the accelerate configuration that the settings name.
 
-    Raises :class:`SystemExit` with the trainer's own exit code when it fails; it has said why.
+    The version behind an alias in ``train.init`` is fixed here, and kept with the model. Raises
+    :class:`SystemExit` with the trainer's own exit code when it fails; it has said why.
     """
     config = Path(params.train.accelerate)
     if not config.is_file():
         raise UserError(f"{config}: no such accelerate configuration; see train.accelerate")
     processes = max(1, int(yaml.safe_load(config.read_text()).get("num_processes", 1)))
+    train = params.train.as_dict()
+    if params.train.init.startswith("models:/"):
+        from ldm.tracking import pinned
+
+        train["init"] = pinned(params.train.init)
     request = {
-        "train": params.train.as_dict(),
+        "train": train,
         "pretrained": params.pretrained.as_dict(),
         "latents": str(latents),
         "out": str(out),

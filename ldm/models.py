@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ldm.config import Pretrained
 from ldm.errors import UserError
 
 TINY = "tiny"
@@ -51,6 +52,15 @@ def locate_clip(name: str, revision: str | None = None) -> Source:
     )
 
 
+def starting_model(init: str, pretrained: Pretrained) -> Source | None:
+    """Where a training's UNet starts (see :class:`~ldm.config.Train`); none: random weights."""
+    if init == "random":
+        return None
+    if init == "pretrained":
+        return locate(pretrained.pipeline, pretrained.revision)
+    return locate(init)
+
+
 def tiny_folder() -> Path:
     """The embedded pipeline."""
     return Path(str(resources.files("ldm") / "pretrained" / "tiny"))
@@ -65,6 +75,20 @@ def load_text_encoder(source: Source) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The frozen text tower, float32, in eval mode, and its tokenizer."""
     tokenizer = _load(CLIPTokenizer, source, "tokenizer")
     return tokenizer, _frozen(_load(CLIPTextModel, source, "text_encoder", dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What a training leaves as it is: the autoencoder, and the text tower with its tokenizer."""
+
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+
+
+def load_encoders(source: Source) -> Encoders:
+    """The frozen parts of a pipeline, float32, in eval mode."""
+    return Encoders(load_vae(source), *load_text_encoder(source))
 
 
 def load_unet(source: Source) -> UNet2DConditionModel:

@@ -7,27 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from ldm.artifacts import write_json
-from ldm.models import Source, load_text_encoder, load_vae
+from ldm.models import Encoders
 
 
 def save_pipeline(
-    folder: Path, source: Source, unet: UNet2DConditionModel, schedule: dict[str, Any]
+    folder: Path, encoders: Encoders, unet: UNet2DConditionModel, schedule: dict[str, Any]
 ) -> None:
-    """Write the UNet with the frozen parts of ``source`` and its own noise schedule."""
-    tokenizer, text_encoder = load_text_encoder(source)
-    vae: AutoencoderKL = load_vae(source)
+    """Write the UNet with the encoders it was trained for and its own noise schedule."""
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        vae=encoders.vae,
+        text_encoder=encoders.text_encoder,
+        tokenizer=encoders.tokenizer,
         unet=unet.to(torch.float32),
         scheduler=DPMSolverMultistepScheduler.from_config(schedule),
         safety_checker=None,

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import Sampling
 from ldm.device import device_of
+from ldm.errors import UserError
 from ldm.images import to_pixels
 from ldm.models import Source, load_scheduler_config, load_text_encoder, load_unet, load_vae
 from ldm.text import tokenize
@@ -82,7 +83,8 @@ class Painter:
         """Yield one uint8 (height, width, 3) picture a request, in order.
 
         A picture depends on its own request and settings alone: noise comes from one CPU generator
-        a request, so batches may be cut anywhere. Sizes are in pixels, by default the model's own.
+        a request, so batches may be cut anywhere. Sizes are in pixels, by default the model's own;
+        :class:`UserError` when the autoencoder cannot make one.
         """
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
@@ -134,18 +136,21 @@ class Painter:
         states = self.text_encoder(ids).last_hidden_state
         return states[[distinct.index(text) for text in texts]]
 
-    @property
-    def downscaling(self) -> int:
-        """Pixels a latent, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent rows and columns of a picture of this many pixels, by default the model's own."""
+        pixels_a_latent = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.unet.config.sample_size * pixels_a_latent
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < 1 or pixels % pixels_a_latent):
+                raise UserError(
+                    f"{name} {pixels}: must be a positive multiple of {pixels_a_latent}"
+                )
+        return (height or side) // pixels_a_latent, (width or side) // pixels_a_latent
 
     def _noise(
         self, requests: Sequence[Request], height: int | None, width: int | None
     ) -> torch.Tensor:
-        side = self.unet.config.sample_size
-        rows = height // self.downscaling if height else side
-        columns = width // self.downscaling if width else side
-        shape = (self.unet.config.in_channels, rows, columns)
+        shape = (self.unet.config.in_channels, *self.latent_size(height, width))
         drawn = [
             torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
             for request in requests

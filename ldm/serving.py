@@ -17,10 +17,10 @@ from mlflow.models import set_model, set_signature
 from mlflow.pyfunc import PythonModel
 from mlflow.types import ParamSchema, ParamSpec
 
-from ldm.config import Sampling, with_changes
-from ldm.errors import UserError
+from ldm.config import Sampling
 from ldm.images import encode_png
 from ldm.models import Source
+from ldm.params import with_changes
 from ldm.sampling import Painter, Request
 from ldm.tracking import PIPELINE
 
@@ -43,23 +43,18 @@ class Pictures(PythonModel):
 
         ``params``: the fields of :class:`~ldm.config.Sampling`, by default the evaluation's;
         ``negative``, a prompt to stay away from; ``height`` and ``width`` in pixels, 0 for the
-        model's own. Raises :class:`UserError` naming a parameter that cannot be used.
+        model's own. Raises :class:`~ldm.errors.UserError` naming a parameter that cannot be used.
         """
         given = dict(params or {})
         negative = given.pop("negative", "")
-        sides = {name: self._side(name, given.pop(name, 0)) for name in ("height", "width")}
+        height, width = given.pop("height", 0) or None, given.pop("width", 0) or None
         sampling = with_changes(Sampling(), given, "params")
         requests = [
             Request(prompt, sampling.seed + number, negative)
             for number, prompt in enumerate(model_input)
         ]
-        return [encode_png(pixels) for pixels in self.painter.draw(requests, sampling, **sides)]
-
-    def _side(self, name: str, pixels: int) -> int | None:
-        step = self.painter.downscaling
-        if pixels < 0 or pixels % step:
-            raise UserError(f"{name}: {pixels} is not a multiple of {step} pixels; round it")
-        return pixels or None
+        drawn = self.painter.draw(requests, sampling, height=height, width=width)
+        return [encode_png(pixels) for pixels in drawn]
 
 
 def parameters(sampling: Sampling) -> ParamSchema:

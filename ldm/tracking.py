@@ -207,6 +207,17 @@ def fetch_model(uri: str) -> Path:
     machine is read in place; from others the folder is fetched once, into ``ldm/models`` of the
     user's cache. Raises :class:`UserError` when there is no such model or it is damaged.
     """
+    client, name, version = _version_behind(uri)
+    return _folder_of(client, uri, name, version)
+
+
+def pinned(uri: str) -> str:
+    """``models:/NAME/VERSION`` for ``models:/NAME@ALIAS``: aliases move. Raises as above."""
+    _, name, version = _version_behind(uri)
+    return f"models:/{name}/{version}"
+
+
+def _version_behind(uri: str) -> tuple[MlflowClient, str, str]:
     at = tracking_uri(Registry().tracking_uri)
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
@@ -221,7 +232,7 @@ def fetch_model(uri: str) -> Path:
     version = version or aliases(client, name).get(alias)
     if not version:
         raise UserError(f"{uri}: {at} has no such model; run `ldm register` and `ldm promote`")
-    return _folder_of(client, uri, name, version)
+    return client, name, version
 
 
 def _folder_of(client: MlflowClient, uri: str, name: str, version: str) -> Path:

@@ -24,12 +24,13 @@ from ldm.device import tune
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.models import (
+    Encoders,
     digest_weights,
+    load_encoders,
     load_scheduler_config,
-    load_text_encoder,
     load_unet,
-    load_vae,
     locate,
+    starting_model,
 )
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
@@ -53,7 +54,8 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     tune(accelerator.device)
     _check_batch(config, accelerator.num_processes)
     cache, held_out = LatentCache(latents, "train"), LatentCache(latents, "validation")
-    _check_encoders(cache, pretrained)
+    encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
+    _check_encoders(cache, encoders, pretrained.pipeline)
     unet, schedule = starting_point(config, pretrained, cache)
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
@@ -65,7 +67,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
         counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
         log = (run / LOG).read_bytes()
         with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
-            save_pipeline(fresh, locate(pretrained.pipeline, pretrained.revision), unet, schedule)
+            save_pipeline(fresh, encoders, unet, schedule)
             write_whole(fresh / LOG, log)
         last = [json.loads(line) for line in log.splitlines() if b"val_loss" in line][-1]
         say(f"train: {config.steps} steps, val_loss {last['val_loss']:.4f} -> {out}")
@@ -82,10 +84,8 @@ def starting_point(
     config: Train, pretrained: Pretrained, cache: LatentCache
 ) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """The UNet to start from and the scheduler configuration it goes with."""
-    if config.init != "random":
-        source = locate(pretrained.pipeline, pretrained.revision)
-        if config.init != "pretrained":
-            source = locate(config.init)
+    source = starting_model(config.init, pretrained)
+    if source is not None:
         return load_unet(source), load_scheduler_config(source)
     torch.manual_seed(config.seed)
     channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
@@ -114,18 +114,13 @@ def _check_batch(config: Train, processes: int) -> None:
         )
 
 
-def _check_encoders(cache: LatentCache, pretrained: Pretrained) -> None:
+def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
     """Latents of another autoencoder would train without an error, towards nothing."""
-    source = locate(pretrained.pipeline, pretrained.revision)
-    found = {
-        "vae": digest_weights(load_vae(source)),
-        "text_encoder": digest_weights(load_text_encoder(source)[1]),
-    }
-    for part, digest in found.items():
-        if cache.manifest.inputs[part] != digest:
+    for part in ("vae", "text_encoder"):
+        if cache.manifest.inputs[part] != digest_weights(getattr(encoders, part)):
             raise UserError(
                 f"{cache.manifest.path}: was encoded with another {part} than that of "
-                f"{pretrained.pipeline}; run `ldm encode` again"
+                f"{pipeline}; run `ldm encode` again"
             )
 
 

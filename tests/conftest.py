@@ -18,7 +18,7 @@ from ldm.first_stage.clip import build_clip
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import build_vae
 from ldm.images import encode_png
-from ldm.models import Source
+from ldm.models import Source, load_encoders
 from ldm.pipeline_folder import save_pipeline
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
@@ -58,7 +58,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPTextModel.from_pretrained(folder / "clip").save_pretrained(folder / "text_encoder")
     shape = UnetShape(widths=(16, 16), head_width=8, norm_groups=4)
     unet = random_unet(shape, latent_channels=4, latent_size=8, text_width=16)
-    save_pipeline(folder, Source(str(folder)), unet, SCHEDULE)
+    save_pipeline(folder, load_encoders(Source(str(folder))), unet, SCHEDULE)
     return folder
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import Params, load_params, presets
+from ldm.config import Params
 from ldm.errors import UserError
+from ldm.params import load_params, presets
 
 ROOT = Path(__file__).resolve().parent.parent
 

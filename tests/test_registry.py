@@ -220,6 +220,7 @@ def test_a_model_is_fetched_once_from_elsewhere(
     uri = f"models:/elsewhere/{number}"
     here = tracking.fetch_model(uri)
     assert here == tracking.fetch_model("models:/elsewhere@challenger")
+    assert tracking.pinned("models:/elsewhere@challenger") == uri
     monkeypatch.setattr(tracking, "_is_here", lambda uri: False)
     fetched = tracking.fetch_model(uri)
     assert fetched.parent == store / "cache" / "ldm" / "models"
