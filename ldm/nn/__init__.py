@@ -1,0 +1,3 @@
+"""The text-conditioned UNet, from scratch."""
+
+from ldm.nn.unet import UNet as UNet
