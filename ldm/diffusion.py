@@ -65,6 +65,27 @@ def target(
     return signal * noise - spread * latents
 
 
+def predicted_original(
+    prediction: str, abar: float, latents: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """``x_0`` as a network's output at level ``abar`` implies it: of the latents' shape."""
+    signal, spread = abar**0.5, (1 - abar) ** 0.5
+    if prediction == "epsilon":
+        return (latents - spread * output) / signal
+    assert prediction == "v_prediction", prediction
+    return signal * latents - spread * output
+
+
+def predicted_noise(
+    prediction: str, abar: float, latents: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
+    """The noise as a network's output at level ``abar`` implies it: of the latents' shape."""
+    if prediction == "epsilon":
+        return output
+    assert prediction == "v_prediction", prediction
+    return abar**0.5 * output + (1 - abar) ** 0.5 * latents
+
+
 def snr(abar: torch.Tensor) -> torch.Tensor:
     """Signal-to-noise ratio ``abar / (1 - abar)`` of each timestep: shape (T,)."""
     return abar / (1 - abar)
