@@ -44,7 +44,7 @@ def loops(latents: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     objective = Objective.of(load_scheduler_config(source), Train().min_snr_gamma)
     cache = LatentCache(latents, "train")
     batches = TrainingBatches(
-        cache, seed=0, batch_size=BATCH, timesteps=len(objective.abar), caption_dropout=0.1
+        cache, seed=0, batch_size=BATCH, timesteps=len(objective.levels), caption_dropout=0.1
     )
     fixed = batches[0].to(device)
 

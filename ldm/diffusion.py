@@ -1,74 +1,140 @@
 """The forward process, what the network predicts, and how errors are weighted.
 
-Notation as in DDPM (arXiv:2006.11239): ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``.
-Timesteps are integers in [0, T); ``abar`` is a float64 tensor of shape (T,).
+Notation as in DDPM (arXiv:2006.11239): ``x_0`` is a picture's latents, ``x_t`` the same with noise,
+``x_t = signal_t x_0 + spread_t noise``. Timesteps are whole numbers in [0, T), 0 the least noisy.
+Tables over timesteps are float64 tensors of shape (T,); latents are float (n, c, h, w).
+
+``schedule`` is a diffusers scheduler configuration: ``num_train_timesteps``, ``beta_schedule``,
+``beta_start``, ``beta_end``, ``prediction_type``, ``rescale_betas_zero_snr``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+FLOW = "flow_prediction"
 
-def alphas_cumprod(schedule: Mapping[str, Any]) -> torch.Tensor:
-    """``abar`` of a diffusers scheduler configuration: float64, shape (T,), falling in (0, 1).
 
-    ``linear``: DDPM; ``scaled_linear``: latent diffusion (arXiv:2112.10752);
-    ``squaredcos_cap_v2``: improved DDPM (arXiv:2102.09672, eq. 17) with betas up to 0.999.
+def betas(schedule: Mapping[str, Any]) -> torch.Tensor:
+    """Variance of the noise that each single step adds: (T,), in (0, 1].
+
+    ``linear``: DDPM, section 4; ``scaled_linear``: latent diffusion (arXiv:2112.10752), linear in
+    the square root; ``squaredcos_cap_v2``: improved DDPM (arXiv:2102.09672, eq. 17), capped.
     """
-    steps = int(schedule["num_train_timesteps"])
-    kind = schedule["beta_schedule"]
+    steps, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
     if kind == "squaredcos_cap_v2":
-        betas = _cosine_betas(steps)
+        found = _cosine_betas(steps)
     else:
         power = {"linear": 1.0, "scaled_linear": 0.5}[kind]
         low, high = schedule["beta_start"] ** power, schedule["beta_end"] ** power
-        betas = torch.linspace(low, high, steps, dtype=torch.float64) ** (1 / power)
-    return torch.cumprod(1 - betas, dim=0)
+        found = torch.linspace(low, high, steps, dtype=torch.float64) ** (1 / power)
+    return zero_terminal_snr(found) if schedule.get("rescale_betas_zero_snr") else found
 
 
 def _cosine_betas(steps: int) -> torch.Tensor:
     def level(share: float) -> float:
         return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    betas = [min(1 - level((t + 1) / steps) / level(t / steps), 0.999) for t in range(steps)]
-    return torch.tensor(betas, dtype=torch.float64)
+    found = [min(1 - level((t + 1) / steps) / level(t / steps), 0.999) for t in range(steps)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas stretched so that the last level is noise alone (arXiv:2305.08891, algorithm 1)."""
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = signal[0], signal[-1]
+    abar = ((signal - last) * first / (first - last)) ** 2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
+def alphas_cumprod(schedule: Mapping[str, Any]) -> torch.Tensor:
+    """``abar_t``, the share of variance that is still signal: (T,), falling (DDPM, eq. 4)."""
+    return torch.cumprod(1 - betas(schedule), dim=0)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The forward process in closed form: what each timestep keeps and adds, (T,) each."""
+
+    signal: torch.Tensor
+    spread: torch.Tensor
+
+    @classmethod
+    def of(cls, schedule: Mapping[str, Any]) -> Levels:
+        """``sqrt(abar)`` and ``sqrt(1 - abar)``; under flow prediction a straight line.
+
+        Flow matching (arXiv:2210.02747; as rectified flow in arXiv:2209.03003): the spread rises
+        evenly from ``1 / T`` to 1, the signal is the rest.
+        """
+        if schedule.get("prediction_type") == FLOW:
+            steps = int(schedule["num_train_timesteps"])
+            spread = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+            return cls(1 - spread, spread)
+        abar = alphas_cumprod(schedule)
+        return cls(abar.sqrt(), (1 - abar).sqrt())
+
+    def __len__(self) -> int:
+        return len(self.signal)
+
+    @property
+    def snr(self) -> torch.Tensor:
+        """Signal-to-noise ratio of each timestep, in units of variance: (T,)."""
+        return (self.signal / self.spread) ** 2
+
+    def at(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and spread of n timesteps, (n, 1, 1, 1) of the dtype and device of ``like``."""
+        tables = (self.signal.to(like.device), self.spread.to(like.device))
+        signal, spread = (table[timesteps].view(-1, 1, 1, 1).to(like.dtype) for table in tables)
+        return signal, spread
 
 
 def add_noise(
-    abar: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    levels: Levels, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """``x_t`` in closed form (DDPM, eq. 4): float (n, c, h, w) of the latents' dtype."""
-    signal, spread = _coefficients(abar, latents, timesteps)
+    """``x_t`` from ``x_0`` in closed form (DDPM, eq. 4)."""
+    signal, spread = levels.at(timesteps, latents)
     return signal * latents + spread * noise
+
+
+def add_noise_once(
+    betas: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timestep: int
+) -> torch.Tensor:
+    """``x_t`` from ``x_(t-1)``: one step of the chain (DDPM, eq. 2)."""
+    beta = float(betas[timestep])
+    return math.sqrt(1 - beta) * latents + math.sqrt(beta) * noise
 
 
 def target(
     prediction: str,
-    abar: torch.Tensor,
+    levels: Levels,
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
     """What the network should output, of the latents' shape.
 
-    ``epsilon``: the noise (DDPM). ``v_prediction``: ``sqrt(abar) noise - sqrt(1 - abar) x_0``
-    (progressive distillation, arXiv:2202.00512, section 4).
+    ``epsilon``: the noise (DDPM, eq. 14). ``v_prediction``: ``signal noise - spread x_0``
+    (arXiv:2202.00512, section 4). ``flow_prediction``: the line's slope, ``noise - x_0``
+    (arXiv:2209.03003, eq. 1).
     """
     if prediction == "epsilon":
         return noise
+    if prediction == FLOW:
+        return noise - latents
     assert prediction == "v_prediction", prediction
-    signal, spread = _coefficients(abar, latents, timesteps)
+    signal, spread = levels.at(timesteps, latents)
     return signal * noise - spread * latents
 
 
 def predicted_original(
     prediction: str, abar: float, latents: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:
-    """``x_0`` as a network's output at level ``abar`` implies it: of the latents' shape."""
+    """``x_0`` as a network's output on ``latents`` of level ``abar`` implies it."""
     signal, spread = abar**0.5, (1 - abar) ** 0.5
     if prediction == "epsilon":
         return (latents - spread * output) / signal
@@ -79,33 +145,23 @@ def predicted_original(
 def predicted_noise(
     prediction: str, abar: float, latents: torch.Tensor, output: torch.Tensor
 ) -> torch.Tensor:
-    """The noise as a network's output at level ``abar`` implies it: of the latents' shape."""
+    """The noise as a network's output on ``latents`` of level ``abar`` implies it."""
     if prediction == "epsilon":
         return output
     assert prediction == "v_prediction", prediction
     return abar**0.5 * output + (1 - abar) ** 0.5 * latents
 
 
-def snr(abar: torch.Tensor) -> torch.Tensor:
-    """Signal-to-noise ratio ``abar / (1 - abar)`` of each timestep: shape (T,)."""
-    return abar / (1 - abar)
+def min_snr_weights(prediction: str, levels: Levels, gamma: float | None) -> torch.Tensor:
+    """Loss weight of each timestep: (T,), all ones when ``gamma`` is None.
 
-
-def min_snr_weights(prediction: str, abar: torch.Tensor, gamma: float | None) -> torch.Tensor:
-    """Loss weight of each timestep, shape (T,); all ones when ``gamma`` is None.
-
-    Min-SNR (arXiv:2303.09556, section 3.4): ``min(snr, gamma)`` on the error of ``x_0``, which is
-    ``/ snr`` on that of epsilon and ``/ (snr + 1)`` on that of v.
+    Min-SNR (arXiv:2303.09556, section 3.4) wants ``min(snr, gamma)`` on the squared error of
+    ``x_0``. An error of epsilon is one of ``x_0`` times ``spread / signal``; an error of v, and of
+    the flow's slope, is one times ``spread``.
     """
     if gamma is None:
-        return torch.ones_like(abar)
-    ratio = snr(abar)
-    on_clean = ratio.clamp(max=gamma)
-    return on_clean / (ratio if prediction == "epsilon" else ratio + 1)
-
-
-def _coefficients(
-    abar: torch.Tensor, latents: torch.Tensor, timesteps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    level = abar.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-    return level.sqrt().to(latents.dtype), (1 - level).sqrt().to(latents.dtype)
+        return torch.ones_like(levels.signal)
+    on_original = levels.snr.clamp(max=gamma)
+    if prediction == "epsilon":
+        return on_original / levels.snr
+    return on_original * levels.spread**2

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data import Batch
-from ldm.diffusion import add_noise, alphas_cumprod, min_snr_weights, target
+from ldm.diffusion import Levels, add_noise, min_snr_weights, target
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class Objective:
     """Noise schedule, prediction type and loss weights of a training."""
 
     prediction: str
-    abar: torch.Tensor
+    levels: Levels
     weights: torch.Tensor
 
     @classmethod
     def of(cls, schedule: Mapping[str, Any], gamma: float | None) -> Self:
         """The objective on a diffusers scheduler configuration, with min-SNR ``gamma`` if given."""
-        abar, prediction = alphas_cumprod(schedule), str(schedule["prediction_type"])
-        return cls(prediction, abar, min_snr_weights(prediction, abar, gamma))
+        levels, prediction = Levels.of(schedule), str(schedule["prediction_type"])
+        return cls(prediction, levels, min_snr_weights(prediction, levels, gamma))
 
     def loss(self, unet: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Weighted squared error of each sample, mean over its elements: float32 (n,)."""
-        noisy = add_noise(self.abar, batch.latents, batch.noise, batch.timesteps)
-        wanted = target(self.prediction, self.abar, batch.latents, batch.noise, batch.timesteps)
+        noisy = add_noise(self.levels, batch.latents, batch.noise, batch.timesteps)
+        wanted = target(self.prediction, self.levels, batch.latents, batch.noise, batch.timesteps)
         output = unet(noisy, batch.timesteps, batch.states, return_dict=False)[0]
         error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
         return error * self.weights.to(error)[batch.timesteps]

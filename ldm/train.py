@@ -141,7 +141,7 @@ def _optimize(
     ema = Ema(unet, config.ema_decay)
     first = _resume(run, unet, ema, optimizer)
     log = RunLog(run / LOG, first, writes=accelerator.is_main_process)
-    batches = _loader(accelerator, config, cache, len(objective.abar), first)
+    batches = _loader(accelerator, config, cache, len(objective.levels), first)
     steps = range(first, config.steps)
     bar = progress(steps, "train", config.steps, "steps", done=first)
     bar.disable = not accelerator.is_main_process
@@ -230,7 +230,7 @@ def _validate(
     unet.eval()
     losses = []
     for batch in validation_batches(
-        held_out, seed=config.seed, batch_size=config.batch_size, timesteps=len(objective.abar)
+        held_out, seed=config.seed, batch_size=config.batch_size, timesteps=len(objective.levels)
     ):
         with accelerator.autocast():
             losses.append(objective.loss(unet, batch.to(accelerator.device)).cpu())

@@ -1,85 +1,153 @@
-"""The forward process against diffusers' own, and its closed-form identities."""
+"""The forward process against diffusers' own, and what its forms have in common."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 
-from ldm.diffusion import add_noise, alphas_cumprod, min_snr_weights, snr, target
+from ldm.diffusion import (
+    FLOW,
+    Levels,
+    add_noise,
+    add_noise_once,
+    alphas_cumprod,
+    betas,
+    min_snr_weights,
+    predicted_noise,
+    predicted_original,
+    target,
+)
 
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", FLOW)
 
 
-def schedule(kind: str) -> dict[str, object]:
+def schedule(kind: str, **changes: Any) -> dict[str, Any]:
     return {
         "num_train_timesteps": 1000,
         "beta_schedule": kind,
         "beta_start": 0.00085,
         "beta_end": 0.012,
+        **changes,
     }
 
 
-def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(6, 4, 8, 8, generator=generator)
-    noise = torch.randn(6, 4, 8, 8, generator=generator)
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 6, 4, 8, 8, generator=generator, dtype=torch.float64)
     return latents, noise, torch.tensor([0, 1, 250, 500, 998, 999])
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_levels_equal_diffusers(kind: str) -> None:
-    reference = DDPMScheduler(**schedule(kind)).alphas_cumprod
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_equal_diffusers(kind: str, rescaled: bool) -> None:
+    settings = schedule(kind, rescale_betas_zero_snr=rescaled)
+    reference = DDPMScheduler(**settings)
+    # Its float32 quotients of near-zero levels, the last ones, are good to three digits.
+    torch.testing.assert_close(betas(settings).float(), reference.betas, rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(
-        alphas_cumprod(schedule(kind)).float(), reference, rtol=1e-4, atol=1e-7
+        alphas_cumprod(settings), reference.alphas_cumprod.double(), rtol=0, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+def test_zero_terminal_snr_is_zero() -> None:
+    levels = Levels.of(schedule("scaled_linear", rescale_betas_zero_snr=True))
+    assert float(levels.signal[-1]) == 0
+    plain = Levels.of(schedule("scaled_linear"))
+    assert float(levels.signal[0]) == pytest.approx(float(plain.signal[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_noising_and_velocity_equal_diffusers(kind: str) -> None:
-    reference = DDPMScheduler(**schedule(kind), prediction_type="v_prediction")
+    settings = schedule(kind)
+    reference = DDPMScheduler(**settings)
+    reference.alphas_cumprod = alphas_cumprod(settings)
     latents, noise, timesteps = batch()
-    abar = alphas_cumprod(schedule(kind))
+    levels = Levels.of(settings)
     torch.testing.assert_close(
-        add_noise(abar, latents, noise, timesteps),
+        add_noise(levels, latents, noise, timesteps),
         reference.add_noise(latents, noise, timesteps),
-        rtol=1e-4,
-        atol=1e-4,
+        rtol=1e-6,
+        atol=1e-6,
     )
     torch.testing.assert_close(
-        target("v_prediction", abar, latents, noise, timesteps),
+        target("v_prediction", levels, latents, noise, timesteps),
         reference.get_velocity(latents, noise, timesteps),
-        rtol=1e-4,
-        atol=1e-4,
+        rtol=1e-6,
+        atol=1e-6,
     )
+    snr = compute_snr(reference, timesteps)  # computed in float32
+    torch.testing.assert_close(levels.snr[timesteps].float(), snr, rtol=1e-5, atol=1e-6)
 
 
-def test_velocity_and_noisy_latents_give_the_picture_back() -> None:
+def test_the_flow_is_a_straight_line_as_diffusers_has_it() -> None:
     latents, noise, timesteps = batch()
-    abar = alphas_cumprod(schedule("scaled_linear"))
-    noisy = add_noise(abar, latents, noise, timesteps)
-    velocity = target("v_prediction", abar, latents, noise, timesteps)
-    level = abar[timesteps].view(-1, 1, 1, 1).float()
-    torch.testing.assert_close(
-        level.sqrt() * noisy - (1 - level).sqrt() * velocity, latents, rtol=1e-4, atol=1e-4
-    )
+    reference = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    levels = Levels.of(schedule("linear", prediction_type=FLOW))
+    expected = reference.scale_noise(latents, reference.timesteps[999 - timesteps], noise)
+    noisy = add_noise(levels, latents, noise, timesteps)
+    torch.testing.assert_close(noisy, expected, rtol=1e-6, atol=1e-6)
+    slope = target(FLOW, levels, latents, noise, timesteps)
+    spread = levels.spread[timesteps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy - spread * slope, latents)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chain_and_the_closed_form_agree(kind: str) -> None:
+    """Mean and variance of ``x_t``, followed step by step, and drawn."""
+    settings = schedule(kind, num_train_timesteps=100, beta_end=0.12)
+    variances, levels = betas(settings), Levels.of(settings)
+    generator = torch.Generator().manual_seed(0)
+    original = torch.full((4000, 1, 1, 4), 1.5, dtype=torch.float64)
+    walked, mean, variance = original, 1.0, 0.0
+    for timestep in range(100):
+        noise = torch.randn(original.shape, generator=generator, dtype=torch.float64)
+        walked = add_noise_once(variances, walked, noise, timestep)
+        mean *= (1 - float(variances[timestep])) ** 0.5
+        variance = (1 - float(variances[timestep])) * variance + float(variances[timestep])
+        assert mean == pytest.approx(float(levels.signal[timestep]), rel=1e-9)
+        assert variance == pytest.approx(float(levels.spread[timestep]) ** 2, rel=1e-9)
+        # Five standard errors of 16,000 draws.
+        error = 5 * variance**0.5 / 16000**0.5
+        assert float(walked.mean()) == pytest.approx(1.5 * mean, abs=error)
+        assert float(walked.var()) == pytest.approx(variance, rel=5 * (2 / 16000) ** 0.5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_right_output_gives_picture_and_noise_back(prediction: str) -> None:
+    settings = schedule("scaled_linear")
+    levels, abar = Levels.of(settings), alphas_cumprod(settings)
+    latents, noise, timesteps = batch()
+    noisy = add_noise(levels, latents, noise, timesteps)
+    output = target(prediction, levels, latents, noise, timesteps)
+    for number, timestep in enumerate(timesteps):
+        level = float(abar[timestep])
+        given = (prediction, level, noisy[number], output[number])
+        torch.testing.assert_close(predicted_original(*given), latents[number])
+        torch.testing.assert_close(predicted_noise(*given), noise[number])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weights_mean_the_same_for_the_picture(prediction: str) -> None:
+    """The weighted error of an output is ``min(snr, 5)`` times that of the picture it implies."""
+    levels = Levels.of(schedule("scaled_linear", prediction_type=prediction))
+    weights = min_snr_weights(prediction, levels, gamma=5.0)
+    inner = slice(0, 999)  # A flow's last level is noise alone: nothing to learn of the picture.
+    of_picture = levels.spread if prediction != "epsilon" else levels.spread / levels.signal
+    torch.testing.assert_close((weights / of_picture**2)[inner], levels.snr.clamp(max=5.0)[inner])
+    assert float(weights.min()) >= 0
+
+
+def test_no_gamma_weighs_all_alike() -> None:
+    levels = Levels.of(schedule("linear"))
+    assert torch.equal(min_snr_weights("epsilon", levels, None), torch.ones(1000).double())
 
 
 def test_epsilon_target_is_the_noise() -> None:
     latents, noise, timesteps = batch()
-    abar = alphas_cumprod(schedule("linear"))
-    assert target("epsilon", abar, latents, noise, timesteps) is noise
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_min_snr_weights_agree_on_the_clean_picture(prediction: str) -> None:
-    """Both weights, carried over to the error of x_0, are min(snr, gamma)."""
-    abar = alphas_cumprod(schedule("scaled_linear"))
-    weights = min_snr_weights(prediction, abar, gamma=5.0)
-    to_clean = snr(abar) if prediction == "epsilon" else snr(abar) + 1
-    torch.testing.assert_close(weights * to_clean, snr(abar).clamp(max=5.0))
-
-
-def test_no_gamma_weighs_all_alike() -> None:
-    abar = alphas_cumprod(schedule("linear"))
-    assert torch.equal(min_snr_weights("epsilon", abar, None), torch.ones_like(abar))
+    levels = Levels.of(schedule("linear"))
+    assert target("epsilon", levels, latents, noise, timesteps) is noise
