@@ -59,6 +59,8 @@ class Pretrained(Section):
     pipeline: str = "tiny"
     """Folder or id in Stable Diffusion layout: vae, text_encoder, tokenizer, unet, scheduler."""
     revision: str | None = None
+    network: Literal["ldm", "diffusers"] = "ldm"
+    """Whose code runs the UNet; the weights are the same."""
     clip: str = "tiny"
     """CLIP with both towers, for the CLIP score."""
     clip_revision: str | None = None
@@ -140,12 +142,20 @@ class Train(Section):
 class Sampling(Section):
     """How pictures are drawn."""
 
-    sampler: Literal["dpm++", "euler", "lms", "ddim", "pndm"] = "dpm++"
+    sampler: Literal["dpm++", "euler", "lms", "ddim", "ddpm", "pndm"] = "dpm++"
+    implementation: Literal["ldm", "diffusers"] = "ldm"
+    """Whose code takes the steps; the pictures are the same."""
     steps: Count = 20
     guidance: Annotated[float, Field(ge=1)] = 3.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     batch_size: Count = 40
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _own_noise(self) -> Self:
+        if self.sampler == "ddpm" and self.implementation == "diffusers":
+            raise ValueError("sampler ddpm: diffusers' draws its own noise; set implementation ldm")
+        return self
 
 
 class Evaluate(Section):

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import UNet2DConditionModel
 
 from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whole, writing
 from ldm.clip_score import clip_scores
@@ -32,6 +30,7 @@ from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
 from ldm.scenes.reader import mismatch, read_scene
 from ldm.text import tokenize
+from ldm.unet import random_like
 
 GROUPS = {"known": "adherence", "new": "adherence_new", "heldout": "adherence_heldout"}
 """Prompt group to metric: the share of its pictures that show exactly what was asked."""
@@ -89,7 +88,7 @@ def evaluate(
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
     ) as fresh:
-        painter = Painter.load(Source(str(model)), config.compute)
+        painter = Painter.load(Source(str(model)), config.compute, pretrained.network)
         start = _start(trained, pretrained, painter)
         judged = _judge(config, painter, prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")
@@ -135,10 +134,9 @@ def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Paint
     init = trained.config["init"]
     source = starting_model(init, pretrained)
     if source is None:
-        torch.manual_seed(trained.config["seed"])
-        unet = UNet2DConditionModel.from_config(painter.unet.config)
+        unet = random_like(painter.unet, trained.config["seed"])
     else:
-        unet = load_unet(source)
+        unet = load_unet(source, pretrained.network)
     if digest_weights(unet) != trained.inputs["start"]:
         raise UserError(
             f"{trained.path}: its training did not start from what train.init {init!r} is now; "

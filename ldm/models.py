@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm.config import Pretrained
 from ldm.errors import UserError
+from ldm.unet import Network, from_scratch
 
 TINY = "tiny"
 
@@ -91,9 +92,10 @@ def load_encoders(source: Source) -> Encoders:
     return Encoders(load_vae(source), *load_text_encoder(source))
 
 
-def load_unet(source: Source) -> UNet2DConditionModel:
-    """The UNet, float32."""
-    return _load(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
+def load_unet(source: Source, network: str = "ldm") -> Network:
+    """The UNet, float32, run by our code or by ``diffusers``'."""
+    unet = _load(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
+    return unet if network == "diffusers" else from_scratch(unet)
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:

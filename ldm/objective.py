@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ldm.data import Batch
 from ldm.diffusion import Levels, add_noise, min_snr_weights, target
+from ldm.unet import denoise
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,6 @@ class Objective:
         """Weighted squared error of each sample, mean over its elements: float32 (n,)."""
         noisy = add_noise(self.levels, batch.latents, batch.noise, batch.timesteps)
         wanted = target(self.prediction, self.levels, batch.latents, batch.noise, batch.timesteps)
-        output = unet(noisy, batch.timesteps, batch.states, return_dict=False)[0]
+        output = denoise(unet, noisy, batch.timesteps, batch.states)
         error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
         return error * self.weights.to(error)[batch.timesteps]

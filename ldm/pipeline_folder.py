@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from ldm.artifacts import write_json
 from ldm.models import Encoders
+from ldm.unet import Network, as_diffusers
 
 
 def save_pipeline(
-    folder: Path, encoders: Encoders, unet: UNet2DConditionModel, schedule: dict[str, Any]
+    folder: Path, encoders: Encoders, unet: Network, schedule: dict[str, Any]
 ) -> None:
     """Write the UNet with the encoders it was trained for and its own noise schedule."""
     pipeline = StableDiffusionPipeline(
         vae=encoders.vae,
         text_encoder=encoders.text_encoder,
         tokenizer=encoders.tokenizer,
-        unet=unet.to(torch.float32),
+        unet=as_diffusers(unet.to(torch.float32)),
         scheduler=DPMSolverMultistepScheduler.from_config(schedule),
         safety_checker=None,
         feature_extractor=None,

@@ -9,15 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import Sampling
@@ -25,15 +17,9 @@ from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
 from ldm.models import Source, load_scheduler_config, load_text_encoder, load_unet, load_vae
+from ldm.schedulers import make_sampler
 from ldm.text import tokenize
-
-SAMPLERS = {
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "lms": LMSDiscreteScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-}
+from ldm.unet import Network, denoise
 
 
 @dataclass(frozen=True)
@@ -52,21 +38,25 @@ class Painter:
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
+    unet: Network
     schedule: dict[str, Any]
     device: torch.device
     compute: torch.dtype
 
     @classmethod
-    def load(cls, source: Source, compute: str = "float32") -> Painter:
-        """Load every part of a pipeline folder or hub id; ``compute`` is the UNet's precision."""
+    def load(cls, source: Source, compute: str = "float32", network: str = "ldm") -> Painter:
+        """Load every part of a pipeline folder or hub id.
+
+        ``compute`` is the UNet's precision, ``network`` says whose code runs it (``ldm`` or
+        ``diffusers``).
+        """
         device = device_of()
         tokenizer, text_encoder = load_text_encoder(source)
         return cls(
             load_vae(source).to(device),
             tokenizer,
             text_encoder.to(device),
-            load_unet(source).to(device).eval().requires_grad_(False),
+            load_unet(source, network).to(device).eval().requires_grad_(False),
             load_scheduler_config(source),
             device,
             getattr(torch, compute),
@@ -102,24 +92,19 @@ class Painter:
 
         Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative.
         """
-        scheduler = make_scheduler(sampling.sampler, self.schedule)
-        scheduler.set_timesteps(sampling.steps, device=self.device)
-        states = self.text_states([request.prompt for request in requests])
-        guided = sampling.guidance > 1
-        if guided:
-            away = self.text_states([request.negative for request in requests])
-            states = torch.cat([away, states])
-        latents = self._noise(requests, height, width) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(latents, timestep)
-            if guided:
-                model_input = torch.cat([model_input, model_input])
-            with self._precision():
-                output = self.unet(model_input, timestep, states, return_dict=False)[0].float()
-            if guided:
-                negative, positive = output.chunk(2)
-                output = negative + sampling.guidance * (positive - negative)
-            latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        sampler = make_sampler(
+            sampling.sampler, self.schedule, sampling.steps, sampling.implementation
+        )
+        positive = self.text_states([request.prompt for request in requests])
+        negative = self.text_states([request.negative for request in requests])
+        shape = (self.unet.config.in_channels, *self.latent_size(height, width))
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        latents = self._noise(generators, shape) * sampler.start_scale
+        for call, timestep in enumerate(sampler.timesteps):
+            model_input = sampler.model_input(latents, call)
+            output = self._guided(model_input, timestep, positive, negative, sampling.guidance)
+            noise = self._noise(generators, shape) if sampler.stochastic else None
+            latents = sampler.step(output, call, latents, noise)
         return latents
 
     @torch.inference_mode()
@@ -147,29 +132,28 @@ class Painter:
                 )
         return (height or side) // pixels_a_latent, (width or side) // pixels_a_latent
 
-    def _noise(
-        self, requests: Sequence[Request], height: int | None, width: int | None
+    def _guided(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        positive: torch.Tensor,
+        negative: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
-        shape = (self.unet.config.in_channels, *self.latent_size(height, width))
-        drawn = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
-            for request in requests
-        ]
+        """The network's output, guided where ``scale`` is above 1; one call for both texts."""
+        at = torch.tensor([timestep], device=self.device)
+        with self._precision():
+            if scale <= 1:
+                return denoise(self.unet, latents, at, positive).float()
+            states = torch.cat([negative, positive])
+            both = denoise(self.unet, torch.cat([latents, latents]), at, states).float()
+        away, towards = both.chunk(2)
+        return away + scale * (towards - away)
+
+    def _noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+        drawn = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(drawn).to(self.device)
 
     def _precision(self) -> AbstractContextManager[Any]:
         lower = self.compute != torch.float32
         return torch.autocast(self.device.type, self.compute if lower else None, enabled=lower)
-
-
-def make_scheduler(sampler: str, schedule: dict[str, Any]) -> Any:
-    """A diffusers sampler on the model's noise schedule, fresh for one batch."""
-    extra: dict[str, Any] = {}
-    if sampler == "dpm++":
-        extra = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
-        if schedule["beta_schedule"] == "squaredcos_cap_v2":
-            # Below this the cosine schedule is numerically pure noise (DPM-Solver++, appendix).
-            extra["lambda_min_clipped"] = -5.1
-    if sampler == "pndm":
-        extra = {"skip_prk_steps": True}
-    return SAMPLERS[sampler].from_config({**schedule, **extra})

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from torch.utils.data import DataLoader
 
 from ldm import checkpoint
@@ -37,7 +36,7 @@ from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say
 from ldm.run_log import RunLog
 from ldm.schedule import cosine_with_warmup
-from ldm.unet import random_unet
+from ldm.unet import Network, from_scratch, random_unet
 
 LOG = "log.jsonl"
 
@@ -82,18 +81,18 @@ def settings_of_result(config: Train) -> dict[str, Any]:
 
 def starting_point(
     config: Train, pretrained: Pretrained, cache: LatentCache
-) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+) -> tuple[Network, dict[str, Any]]:
     """The UNet to start from and the scheduler configuration it goes with."""
     source = starting_model(config.init, pretrained)
     if source is not None:
-        return load_unet(source), load_scheduler_config(source)
-    torch.manual_seed(config.seed)
+        return load_unet(source, pretrained.network), load_scheduler_config(source)
     channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
     unet = random_unet(
         config.unet,
         latent_channels=channels,
         latent_size=side,
         text_width=cache.states(0).shape[-1],
+        seed=config.seed,
     )
     schedule = {
         "num_train_timesteps": config.noise.train_timesteps,
@@ -103,7 +102,7 @@ def starting_point(
         "prediction_type": config.noise.prediction,
         "timestep_spacing": "trailing",
     }
-    return unet, schedule
+    return unet if pretrained.network == "diffusers" else from_scratch(unet), schedule
 
 
 def _check_batch(config: Train, processes: int) -> None:
@@ -130,9 +129,9 @@ def _optimize(
     objective: Objective,
     cache: LatentCache,
     held_out: LatentCache,
-    unet: UNet2DConditionModel,
+    unet: Network,
     run: Path,
-) -> tuple[UNet2DConditionModel, Ema]:
+) -> tuple[Network, Ema]:
     unet = unet.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -222,7 +221,7 @@ def _validate(
     config: Train,
     objective: Objective,
     held_out: LatentCache,
-    unet: UNet2DConditionModel,
+    unet: Network,
     ema: Ema,
 ) -> float:
     """Mean loss of the averaged weights over the validation split, the same draws every time."""
@@ -239,7 +238,7 @@ def _validate(
     return float(torch.cat(losses).mean())
 
 
-def _resume(run: Path, unet: UNet2DConditionModel, ema: Ema, optimizer: Any) -> int:
+def _resume(run: Path, unet: Network, ema: Ema, optimizer: Any) -> int:
     """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
     found = checkpoint.newest(run)
     if found is None:

@@ -1,16 +1,56 @@
-"""The UNet that a training starts from."""
+"""The UNet as the other rooms see it: from scratch or diffusers', on the same weights."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
+import torch
 from diffusers import UNet2DConditionModel
 
 from ldm.config import UnetShape
+from ldm.nn import UNet
+
+Network: TypeAlias = UNet | UNet2DConditionModel
+
+
+def denoise(
+    unet: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor
+) -> torch.Tensor:
+    """A network's output, of the latents' shape; see :class:`ldm.nn.UNet`."""
+    output = unet(latents, timesteps, states)
+    return output if isinstance(output, torch.Tensor) else output.sample
+
+
+def from_scratch(unet: UNet2DConditionModel) -> UNet:
+    """Our network around the very tensors of diffusers'; UserError if it is of another family."""
+    with torch.device("meta"):
+        ours = UNet(dict(unet.config))
+    ours.load_state_dict(unet.state_dict(), assign=True)
+    return ours.requires_grad_(True)
+
+
+def as_diffusers(unet: Network) -> UNet2DConditionModel:
+    """Diffusers' network around the very tensors of ours."""
+    if isinstance(unet, UNet2DConditionModel):
+        return unet
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(unet.values)
+    theirs.load_state_dict(unet.state_dict(), assign=True)
+    return theirs
+
+
+def random_like(unet: Network, seed: int) -> Network:
+    """A network of the same kind and shape, from the random weights of :func:`random_unet`."""
+    torch.manual_seed(seed)
+    fresh = UNet2DConditionModel.from_config(as_diffusers(unet).config)
+    return from_scratch(fresh) if isinstance(unet, UNet) else fresh
 
 
 def random_unet(
-    shape: UnetShape, *, latent_channels: int, latent_size: int, text_width: int
+    shape: UnetShape, *, latent_channels: int, latent_size: int, text_width: int, seed: int
 ) -> UNet2DConditionModel:
     """An untrained text-conditioned UNet with attention on every level."""
+    torch.manual_seed(seed)
     depth = len(shape.widths)
     return UNet2DConditionModel(
         sample_size=latent_size,

@@ -57,7 +57,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder / part)
     CLIPTextModel.from_pretrained(folder / "clip").save_pretrained(folder / "text_encoder")
     shape = UnetShape(widths=(16, 16), head_width=8, norm_groups=4)
-    unet = random_unet(shape, latent_channels=4, latent_size=8, text_width=16)
+    unet = random_unet(shape, latent_channels=4, latent_size=8, text_width=16, seed=0)
     save_pipeline(folder, load_encoders(Source(str(folder))), unet, SCHEDULE)
     return folder
 

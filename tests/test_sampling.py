@@ -14,7 +14,9 @@ from ldm.errors import UserError
 from ldm.generate import Job, generate
 from ldm.images import psnr
 from ldm.models import Source
-from ldm.sampling import SAMPLERS, Painter, Request
+from ldm.sampling import Painter, Request
+from ldm.schedulers import SAMPLERS, make_sampler
+from ldm.schedulers.reference import SCHEDULERS
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,16 @@ def test_every_sampler_gives_finite_latents(painter: Painter, sampler: str) -> N
     assert latents.shape == (3, 4, 8, 8) and torch.isfinite(latents).all()
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_ours_and_diffusers_draw_the_same(painter: Painter, pipeline: Path, sampler: str) -> None:
+    """Network and sampler of both, from the same prompts and seeds."""
+    other = Painter.load(Source(str(pipeline)), network="diffusers")
+    settings = {"sampler": sampler, "steps": 8}
+    ours = pictures(painter, REQUESTS, Sampling.model_validate(settings))
+    theirs = Sampling.model_validate({**settings, "implementation": "diffusers"})
+    assert psnr(ours, pictures(other, REQUESTS, theirs)).min() > 45
+
+
 def test_other_sizes(painter: Painter) -> None:
     (wide,) = painter.draw(REQUESTS[:1], QUICK, height=32, width=96)
     assert wide.shape == (32, 96, 3)
@@ -77,9 +89,7 @@ def test_it_draws_what_diffusers_draws(painter: Painter, pipeline: Path) -> None
     """Same noise, prompt, guidance and steps through StableDiffusionPipeline."""
     reference = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
     reference.set_progress_bar_config(disable=True)
-    from ldm.sampling import make_scheduler
-
-    reference.scheduler = make_scheduler("dpm++", painter.schedule)
+    reference.scheduler = make_sampler("dpm++", painter.schedule, 4, "diffusers").scheduler
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     theirs = reference(
         prompt_embeds=painter.text_states(["a red circle"]),

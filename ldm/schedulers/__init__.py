@@ -1,8 +1,12 @@
-"""Samplers from scratch, by name."""
+"""Samplers by name: from scratch, or diffusers' own."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ldm.schedulers.base import Sampler as Sampler
 from ldm.schedulers.dpm_solver import DPMSolverSampler
 from ldm.schedulers.pndm import PNDMSampler
+from ldm.schedulers.reference import ReferenceSampler
 from ldm.schedulers.variance_exploding import EulerSampler, LMSSampler
 from ldm.schedulers.variance_preserving import DDIMSampler, DDPMSampler
 
@@ -14,3 +18,20 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ddpm": DDPMSampler,
     "pndm": PNDMSampler,
 }
+
+
+def make_sampler(
+    name: str, schedule: Mapping[str, Any], steps: int, implementation: str = "ldm"
+) -> Sampler:
+    """A sampler on a model's noise schedule, fresh for one batch."""
+    settings = dict(schedule)
+    if name == "dpm++":
+        settings["final_sigmas_type"] = "zero"
+        if schedule["beta_schedule"] == "squaredcos_cap_v2":
+            # Below this the cosine schedule is numerically pure noise (DPM-Solver++, appendix).
+            settings["lambda_min_clipped"] = -5.1
+    if name == "pndm":
+        settings["skip_prk_steps"] = True
+    if implementation == "diffusers":
+        return ReferenceSampler(name, settings, steps)
+    return SAMPLERS[name](settings, steps)

@@ -61,8 +61,8 @@ class DPMSolverSampler(Sampler):
         if spacing == "linspace":
             rising = np.linspace(0, total - 1, steps + 1).round()[1:]
         elif spacing == "leading":
-            rising = np.arange(1, steps + 1) * (total // (steps + 1))
-            rising = rising + self.schedule.get("steps_offset", 0)
+            offset = float(self.schedule.get("steps_offset", 0))
+            rising = np.arange(1, steps + 1) * (total // (steps + 1)) + offset
         else:
             assert spacing == "trailing", spacing
             return [float(t) for t in np.arange(total, 0, -self.train_steps / steps).round() - 1]
