@@ -91,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="models:/ldm@champion", help="folder, hub id or MLflow URI")
     sub.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    sub.add_argument("--negative", default="", help="what the picture should not be")
-    sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv or .jsonl")
+    sub.add_argument(
+        "--negative", action="append", default=[], help="one for all prompts, or one for each"
+    )
+    sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv, .jsonl or .parquet")
     sub.add_argument("--steps", type=int, help="denoising steps")
     sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
     sub.add_argument("--sampler", help="dpm++, euler, lms, ddim or pndm")
@@ -100,6 +102,7 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     sub.add_argument("--height", type=int)
     sub.add_argument("--width", type=int)
+    sub.add_argument("--rows-per-shard", type=int, help="pack the pictures into tars")
     sub.add_argument("--out", type=Path, default=Path("generated"))
 
 
@@ -182,22 +185,28 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ldm.generate import Job, generate, read_prompts
+    from ldm.generate import Job, generate
     from ldm.params import with_changes
-    from ldm.sampling import Request
+    from ldm.prompts import Wish
 
     params = _params(options)
+    if options.prompts and options.prompt:
+        raise UserError("give --prompt or --prompts, not both")
+    prompts, negatives = options.prompt, options.negative
+    if len(negatives) > 1 and (options.prompts or len(negatives) != len(prompts)):
+        raise UserError(
+            f"{len(negatives)} --negative for {len(prompts)} --prompt; give one, or one for each"
+        )
     given = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
     changed = {key: value for key, value in given.items() if value is not None}
     sampling = with_changes(params.evaluate.sampling, changed, "generate")
-    requests = [
-        Request(prompt, options.seed + number, options.negative)
-        for number, prompt in enumerate(options.prompt)
-    ]
-    if options.prompts:
-        requests += read_prompts(options.prompts, options.seed)
-    job = Job(sampling, options.num_images, options.height, options.width)
-    generate(options.model, requests, job, options.out)
+    negative = negatives[0] if len(negatives) == 1 else ""
+    default = Wish("", negative, options.seed, options.height, options.width, sampling, {})
+    rows = [{"prompt": prompt} for prompt in prompts]
+    if len(negatives) > 1:
+        rows = [{**row, "negative": one} for row, one in zip(rows, negatives, strict=True)]
+    job = Job(default, options.num_images, options.rows_per_shard)
+    generate(options.model, options.prompts or rows, job, options.out, params.pretrained.network)
 
 
 if __name__ == "__main__":

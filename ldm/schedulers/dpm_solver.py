@@ -59,10 +59,10 @@ class DPMSolverSampler(Sampler):
         total = sum(half_log_snr(one) >= clip for one in self.abar)
         spacing, steps = self.schedule.get("timestep_spacing", "linspace"), self.steps
         if spacing == "linspace":
-            rising = np.linspace(0, total - 1, steps + 1).round()[1:]
+            rising = np.linspace(0.0, total - 1, steps + 1).round()[1:].astype(float)
         elif spacing == "leading":
             offset = float(self.schedule.get("steps_offset", 0))
-            rising = np.arange(1, steps + 1) * (total // (steps + 1)) + offset
+            rising = np.arange(1.0, steps + 1) * (total // (steps + 1)) + offset
         else:
             assert spacing == "trailing", spacing
             return [float(t) for t in np.arange(total, 0, -self.train_steps / steps).round() - 1]

@@ -1,0 +1,261 @@
+"""Batch jobs: what a row asks for, what is skipped, and what a kill leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ldm import generate as job_module
+from ldm.config import Sampling
+from ldm.errors import UserError
+from ldm.generate import Job, Prompts, generate
+from ldm.images import decode_image
+from ldm.prompts import Wish
+
+QUICK = Sampling(steps=2, batch_size=4)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wish(**changes: Any) -> Wish:
+    given = {"negative": "", "seed": 0, "height": None, "width": None, "sampling": QUICK}
+    return Wish(**{"prompt": "", "extra": {}, **given, **changes})
+
+
+def run(pipeline: Path, prompts: Prompts, out: Path, **job: Any) -> list[dict[str, Any]]:
+    generate(str(pipeline), prompts, Job(job.pop("default", wish()), **job), out)
+    return [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_text("".join(row["prompt"] + "\n" for row in rows))
+    return path
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def assert_alike(some: Iterable[bytes], others: Iterable[bytes]) -> None:
+    """The same pictures, but for the rounding of batches of another size."""
+    for one, other in zip(some, others, strict=True):
+        difference = decode_image(one).astype(int) - decode_image(other)
+        assert np.abs(difference).max() <= 1
+
+
+ROWS = [
+    {"prompt": "a red circle", "negative": "blue", "seed": 3, "steps": 3, "width": 32, "id": "x"},
+    {"prompt": "两个蓝色方形", "negative": "", "seed": 4, "steps": 2, "width": 64, "id": "y"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_rows_mean_the_same_in_every_kind_of_file(
+    pipeline: Path, tmp_path: Path, suffix: str
+) -> None:
+    lines = run(pipeline, write(tmp_path / f"prompts{suffix}", ROWS), tmp_path / "out")
+    expected = run(pipeline, ROWS, tmp_path / "listed")
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "listed")
+    assert lines == expected
+    assert [line["id"] for line in lines] == ["x", "y"]
+    first = {"seed": 3, "steps": 3, "width": 32, "negative": "blue", "row": 1, "guidance": 3.0}
+    assert first.items() <= lines[0].items()
+
+
+def test_text_files_have_a_prompt_a_line(pipeline: Path, tmp_path: Path) -> None:
+    lines = run(pipeline, write(tmp_path / "prompts.txt", ROWS), tmp_path / "out")
+    assert [line["prompt"] for line in lines] == ["a red circle", "两个蓝色方形"]
+
+
+def test_a_picture_depends_on_its_prompt_and_number_alone(pipeline: Path, tmp_path: Path) -> None:
+    default = wish(sampling=Sampling(steps=2, batch_size=3))
+    rows = [{"prompt": text} for text in ("a red circle", "a blue ring", "a star")]
+    run(pipeline, rows, tmp_path / "a", default=default, images_per_prompt=2)
+    run(pipeline, rows[::-1], tmp_path / "b", images_per_prompt=2)
+    run(pipeline, rows[1:2], tmp_path / "c", images_per_prompt=1)
+    a, b, c = (list(pictures(tmp_path / name).values()) for name in "abc")
+    assert_alike(a, b[4:] + b[2:4] + b[:2])
+    assert_alike(c, a[2:3])
+    assert len(set(a)) == 6
+
+
+def test_bad_rows_of_a_file_are_listed_and_the_rest_is_drawn(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    good = json.dumps({"prompt": "a red circle"})
+    bad = [
+        "not json",
+        '{"prompt": "  "}',
+        '{"prompt": "a", "seed": "soon"}',
+        '{"prompt": "a", "steps": 0}',
+        '{"prompt": "a", "height": 30}',
+        '{"prompt": "a", "sampler": "magic"}',
+    ]
+    path.write_text("\n".join([good, *bad, good]) + "\n")
+    lines = run(pipeline, path, tmp_path / "out")
+    assert [line["row"] for line in lines] == [1, 8]
+    assert [line["file"] for line in lines] == ["00000.png", "00007.png"]
+    skipped = [json.loads(one) for one in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [one["row"] for one in skipped] == [2, 3, 4, 5, 6, 7]
+    told = ["cannot be read", "has no prompt", "seed 'soon'", "steps", "height 30", "sampler"]
+    for one, reason in zip(skipped, told, strict=True):
+        assert reason in one["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "job", "told"),
+    [
+        ([], {}, "no prompts"),
+        ([{"prompt": " "}], {}, "has no prompt"),
+        ([{"prompt": "a"}], {"default": wish(height=60)}, "height 60: must be a positive multiple"),
+        ([{"prompt": "a"}], {"default": wish(width=0)}, "width 0: must be a positive multiple"),
+        ([{"prompt": "a"}], {"images_per_prompt": 0}, "must be at least 1"),
+        (Path("nowhere.txt"), {}, "no such file"),
+        (Path("prompts.xls"), {}, "unknown kind of prompts file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_leaves_nothing(
+    pipeline: Path, tmp_path: Path, prompts: Prompts, job: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        run(pipeline, prompts, tmp_path / "out", **job)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_good_row_fails(pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="none of its 1 rows can be drawn"):
+        run(pipeline, path, tmp_path / "out")
+
+
+def test_long_prompts_are_told(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = run(pipeline, [{"prompt": "red " * 50 + "blue"}], tmp_path / "out")
+    assert "row 1: past the limit of the tokenizer, cut: 'red" in capsys.readouterr().out
+    assert line["cut"].endswith("blue")
+
+
+def test_other_jobs_pictures_are_left_alone(pipeline: Path, tmp_path: Path) -> None:
+    run(pipeline, ROWS, tmp_path / "out")
+    before = pictures(tmp_path / "out")
+    with pytest.raises(UserError, match=r"another job \(other guidance\)"):
+        run(
+            pipeline,
+            ROWS,
+            tmp_path / "out",
+            default=wish(sampling=Sampling(steps=2, guidance=2, batch_size=4)),
+        )
+    run(pipeline, ROWS, tmp_path / "out")
+    assert pictures(tmp_path / "out") == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        run(pipeline, ROWS, tmp_path / "full")
+
+
+def test_shards_hold_the_same_pictures(pipeline: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"a star {n}"}) + "\n{}\n" for n in range(4)))
+    run(pipeline, path, tmp_path / "loose")
+    lines = run(pipeline, path, tmp_path / "packed", rows_per_shard=3)
+    packed, order = {}, []
+    for shard in sorted((tmp_path / "packed").glob("images-*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                if member.name.endswith(".png"):
+                    packed[member.name] = content.read()
+                else:
+                    order.append(json.loads(content.read()))
+    loose = pictures(tmp_path / "loose")
+    assert packed.keys() == loose.keys()
+    assert_alike(packed.values(), loose.values())
+    assert order == lines
+
+
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every single write in turn, and started again each time."""
+    monkeypatch.setattr(job_module, "LOOSE_PART", 2)
+    rows = [{"prompt": f"a star {number}"} for number in range(5)]
+    run(pipeline, rows, tmp_path / "straight")
+    original, left = job_module.write_whole, 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(path: Path, content: bytes) -> None:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        original(path, content)
+
+    monkeypatch.setattr(job_module, "write_whole", dying)
+    attempts = 0
+    while not (tmp_path / "killed" / "images.jsonl").is_file():
+        attempts, left = attempts + 1, 3
+        try:
+            run(pipeline, rows, tmp_path / "killed")
+        except Killed:
+            assert attempts < 20
+    assert attempts > 1
+    ends = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("straight", "killed")
+    ]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_again(pipeline: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a star {number}\n" for number in range(900)))
+    command = [sys.executable, "-m", "ldm.cli", "generate", "--model", str(pipeline)]
+    command += ["--params", str(ROOT / "params.yaml"), "--prompts", str(prompts), "--steps", "2"]
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, env=environment)
+
+    assert start(tmp_path / "straight").wait() == 0
+    process = start(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/tables/*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/images.jsonl").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    assert pictures(tmp_path / "killed") == pictures(tmp_path / "straight")
+    tables = [(tmp_path / name / "images.jsonl").read_bytes() for name in ("killed", "straight")]
+    assert tables[0] == tables[1]
