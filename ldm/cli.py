@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT,
     )  # fmt: skip
     _generate_options(command("generate", _generate, "draw pictures from prompts"))
+    explain = command("explain", _explain, "draw diffusion itself: a picture to noise and back")
+    explain.add_argument("picture", type=Path)
+    explain.add_argument("--model", default="tiny", help="folder, hub id or MLflow URI")
+    explain.add_argument("--prompt", default="", help="what the way back leads to")
+    explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument("--out", type=Path, default=Path("explained"))
     return parser
 
 
@@ -207,6 +213,13 @@ def _generate(options: argparse.Namespace) -> None:
         rows = [{**row, "negative": one} for row, one in zip(rows, negatives, strict=True)]
     job = Job(default, options.num_images, options.rows_per_shard)
     generate(options.model, options.prompts or rows, job, options.out, params.pretrained.network)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from ldm.explain import explain
+
+    _params(options)
+    explain(options.model, options.picture, options.prompt, options.seed, options.out)
 
 
 if __name__ == "__main__":

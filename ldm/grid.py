@@ -16,10 +16,10 @@ GOOD, BAD, INK, PAPER = (38, 140, 70), (200, 50, 45), (40, 40, 45), (255, 255, 2
 def captioned_grid(
     pictures: Sequence[np.ndarray],
     captions: Sequence[str],
-    marks: Sequence[bool],
+    marks: Sequence[bool | None],
     columns: int,
 ) -> np.ndarray:
-    """uint8 pictures (h, w, 3) to one uint8 sheet; a green or red frame says right or wrong."""
+    """uint8 pictures (h, w, 3) to one uint8 sheet; marks frame them green or red."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new(
         "RGB", (columns * (CELL + GAP) + GAP, rows * (CELL + TEXT + GAP) + GAP), PAPER
@@ -30,9 +30,9 @@ def captioned_grid(
         y = GAP + number // columns * (CELL + TEXT + GAP)
         tile = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
         sheet.paste(tile, (x, y))
-        draw.rectangle(
-            (x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=GOOD if right else BAD, width=2
-        )
+        if right is not None:
+            frame = (x - 2, y - 2, x + CELL + 1, y + CELL + 1)
+            draw.rectangle(frame, outline=GOOD if right else BAD, width=2)
         draw.multiline_text((x, y + CELL + 4), wrap(caption, CELL), INK, FONT, spacing=3)
     return np.asarray(sheet)
 

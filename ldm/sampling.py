@@ -88,7 +88,19 @@ class Painter:
         height: int | None = None,
         width: int | None = None,
     ) -> torch.Tensor:
-        """Scaled latents of shape (n, c, h, w), denoised in ``sampling.steps`` steps.
+        """Scaled latents of shape (n, c, h, w), denoised in ``sampling.steps`` steps."""
+        *_, last = self.trajectory(requests, sampling, height, width)
+        return last
+
+    @torch.inference_mode()
+    def trajectory(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the noise that sampling starts from, then the latents after each step.
 
         Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative.
         """
@@ -100,12 +112,20 @@ class Painter:
         shape = (self.unet.config.in_channels, *self.latent_size(height, width))
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         latents = self._noise(generators, shape) * sampler.start_scale
+        yield latents
         for call, timestep in enumerate(sampler.timesteps):
             model_input = sampler.model_input(latents, call)
             output = self._guided(model_input, timestep, positive, negative, sampling.guidance)
             noise = self._noise(generators, shape) if sampler.stochastic else None
             latents = sampler.step(output, call, latents, noise)
-        return latents
+            yield latents
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, h, w) in [-1, 1] to the mean of their posterior, scaled."""
+        mean = self.vae.encode(images.to(self.device)).latent_dist.mean
+        shift = self.vae.config.shift_factor or 0.0
+        return (mean - shift) * self.vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -121,16 +141,19 @@ class Painter:
         states = self.text_encoder(ids).last_hidden_state
         return states[[distinct.index(text) for text in texts]]
 
+    @property
+    def pixels_a_latent(self) -> int:
+        """How many pixels a latent stands for, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent rows and columns of a picture of this many pixels, by default the model's own."""
-        pixels_a_latent = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.unet.config.sample_size * pixels_a_latent
+        scale = self.pixels_a_latent
+        side = self.unet.config.sample_size * scale
         for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < 1 or pixels % pixels_a_latent):
-                raise UserError(
-                    f"{name} {pixels}: must be a positive multiple of {pixels_a_latent}"
-                )
-        return (height or side) // pixels_a_latent, (width or side) // pixels_a_latent
+            if pixels is not None and (pixels < 1 or pixels % scale):
+                raise UserError(f"{name} {pixels}: must be a positive multiple of {scale}")
+        return (height or side) // scale, (width or side) // scale
 
     def _guided(
         self,
