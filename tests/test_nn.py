@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from ldm.errors import UserError
 from ldm.models import tiny_folder
 from ldm.nn import UNet
+from ldm.unet import from_scratch
 
 SMALL = {
     "sample_size": 8,
@@ -58,7 +59,12 @@ def compare(
     reference: UNet2DConditionModel, folder: Path, size: tuple[int, int], limit: float
 ) -> None:
     reference.save_pretrained(folder)
-    ours = UNet.from_pretrained(folder)
+    match_outputs_and_gradients(UNet.from_pretrained(folder), reference, size, limit)
+
+
+def match_outputs_and_gradients(
+    ours: UNet, reference: UNet2DConditionModel, size: tuple[int, int], limit: float
+) -> None:
     shape = ours.config
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(3, shape.in_channels, *size, generator=generator)
@@ -100,6 +106,17 @@ def test_it_equals_diffusers_on_tiny(tmp_path: Path) -> None:
         tiny_folder() / "unet", torch_dtype=torch.float32
     )
     compare(reference, tmp_path, (8, 8), 1e-5)
+
+
+@pytest.mark.slow
+def test_it_equals_diffusers_at_the_size_of_stable_diffusion_1() -> None:
+    """860 million random weights, shared by both networks."""
+    torch.manual_seed(0)
+    reference = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, norm_num_groups=32
+    )
+    assert sum(one.numel() for one in reference.parameters()) == 859_520_964
+    match_outputs_and_gradients(from_scratch(reference), reference, (8, 8), 1e-4)
 
 
 def test_diffusers_opens_what_it_writes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from ldm.config import Sampling
 from ldm.images import psnr
@@ -88,4 +88,29 @@ def test_it_draws_what_diffusers_draws(painter: Painter, pipeline: Path) -> None
         output_type="np",
     ).images
     ours = pictures(painter, REQUESTS[:1], QUICK)
+    assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40
+
+
+def test_a_folder_in_sd1_layout_draws_what_diffusers_draws_from_it(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Written by diffusers with SD 1's own scheduler; sampler settings come from the folder."""
+    whole = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    whole.scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    whole.save_pretrained(tmp_path / "sd")
+    painter = Painter.load(Source(str(tmp_path / "sd")))
+    reference = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", safety_checker=None)
+    reference.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    theirs = reference(
+        "a red circle", latents=noise, num_inference_steps=10, guidance_scale=3.0, output_type="np"
+    ).images
+    ours = pictures(painter, REQUESTS[:1], Sampling(sampler="pndm", steps=10))
     assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40
