@@ -1,0 +1,30 @@
+"""Two ways of doing the same, in turns on one machine: their speeds and the ratio."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+Way = tuple[str, Callable[[], object]]
+
+
+def compare(title: str, first: Way, second: Way, units: float, rounds: int) -> float:
+    """Print units a second of both ways by round; the median of second over first."""
+    for _, run in (first, second):
+        run()
+    print(f"\n{title}\n{first[0]:>24} {second[0]:>24} {'ratio':>7}")
+    ratios = []
+    for _ in range(rounds):
+        speeds = [units / timed(run) for _, run in (first, second)]
+        ratios.append(speeds[1] / speeds[0])
+        print(f"{speeds[0]:24.2f} {speeds[1]:24.2f} {ratios[-1]:7.3f}", flush=True)
+    print(f"{'median':>49} {median(ratios):7.3f}")
+    return median(ratios)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,87 @@
+"""Pictures a second over ``StableDiffusionPipeline``, and the memory of a long job."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from bench.compare import compare
+from ldm.config import Sampling
+from ldm.device import device_of
+from ldm.models import Source, tiny_folder
+from ldm.sampling import Painter, Request
+
+PICTURES, ROUNDS = 40, 5
+PROMPTS = [f"a {colour} star on a grey background" for colour in ("red", "blue", "green", "cyan")]
+
+
+def main() -> None:
+    """Print both tables."""
+    speed()
+    memory()
+
+
+def speed() -> None:
+    """The same model, sampler, steps, batch, guidance and dtype."""
+    device = device_of()
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder(), safety_checker=None)
+    theirs = theirs.to(device)
+    theirs.set_progress_bar_config(disable=True)
+    painter = Painter.load(Source(str(tiny_folder())))
+    # Its first levels are noise alone; both leave them out.
+    config = {**theirs.scheduler.config, "lambda_min_clipped": -5.1}
+    theirs.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(PICTURES)]
+    requests = [Request(prompt, number) for number, prompt in enumerate(prompts)]
+    sampling = Sampling(batch_size=PICTURES)
+
+    def reference() -> None:
+        generators = [torch.Generator().manual_seed(number) for number in range(PICTURES)]
+        theirs(
+            prompts,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=generators,
+        )
+
+    def ours() -> None:
+        list(painter.draw(requests, sampling))
+
+    title = f"generation, tiny, batch {PICTURES}, dpm++ 20 steps, float32: pictures a second"
+    compare(title, ("diffusers", reference), ("ours", ours), PICTURES, ROUNDS)
+
+
+def memory() -> None:
+    """Peak resident memory of ``ldm generate`` on 100 and on 10,000 prompts, one step each."""
+    peaks = []
+    for count in (100, 10_000):
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.txt"
+            prompts.write_text("".join(f"a red star {number}\n" for number in range(count)))
+            command = [sys.executable, "-m", "ldm.cli", "generate", "--model", "tiny", "--steps"]
+            command += ["1", "--guidance", "1", "--prompts", str(prompts), "--rows-per-shard"]
+            command += ["1000", "--out", str(Path(folder) / "out")]
+            measured = [sys.executable, "-m", "bench.generation", "measure", *command]
+            done = subprocess.run(measured, capture_output=True, text=True, check=True)
+            peaks.append(int(done.stdout.splitlines()[-1]))
+            print(f"peak memory of {count:6} prompts: {peaks[-1] / 1024:8.1f} MiB")
+    print(f"ratio {peaks[1] / peaks[0]:.3f}")
+
+
+def measure(command: list[str]) -> None:
+    """Run a command; print the peak of its resident memory in KiB."""
+    subprocess.run(command, check=True)
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        measure(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,71 @@
+"""One training step of the from-scratch UNet over one of diffusers', both eager, same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.compare import compare
+from ldm.device import device_of
+from ldm.models import load_unet, locate
+from ldm.unet import denoise, from_scratch
+
+SD_BLOCK = {
+    "sample_size": 32,
+    "block_out_channels": (320,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""The finest level of Stable Diffusion 1, at 256 pixels."""
+
+
+def main() -> None:
+    """Print steps a second of both, at the shape of ``tiny`` and of a level of Stable Diffusion."""
+    device = device_of()
+    tiny = load_unet(locate("tiny"), "diffusers")
+    run("tiny, batch 64, bf16", tiny, 64, 40, device)
+    torch.manual_seed(0)
+    run("a level of SD 1, batch 1, float32", UNet2DConditionModel(**SD_BLOCK), 1, 77, device)
+
+
+def run(title: str, theirs: Any, batch: int, tokens: int, device: torch.device) -> None:
+    """Compare both networks on random inputs."""
+    steps = 8 if batch > 1 else 2
+    ours = from_scratch(theirs)
+    networks = [network.to(device).train() for network in (theirs, ours)]
+    first, second = (stepper(one, batch, tokens, steps, device) for one in networks)
+    name = f"training step, {title}: steps a second"
+    compare(name, ("diffusers", first), ("ours", second), steps, rounds=5)
+
+
+def stepper(
+    unet: Any, batch: int, tokens: int, steps: int, device: torch.device
+) -> Callable[[], None]:
+    """Forward, backward and AdamW on one fixed batch, ``steps`` times."""
+    config = unet.config
+    side, width = config.sample_size, getattr(config, "text_width", None)
+    width = width or config.cross_attention_dim
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, config.in_channels, side, side, generator=generator).to(device)
+    states = torch.randn(batch, tokens, width, generator=generator).to(device)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        for _ in range(steps):
+            with torch.autocast(device.type, torch.bfloat16, enabled=batch > 1):
+                loss = denoise(unet, latents, timesteps, states).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
