@@ -148,6 +148,12 @@ class Sampling(Section):
     steps: Count = 20
     guidance: Annotated[float, Field(ge=1)] = 3.0
     """Classifier-free guidance scale; 1 switches guidance off."""
+    guided_from: Share = 0.0
+    guided_to: Share = 1.0
+    """Guidance is computed at timesteps within these shares of the schedule alone; outside, a step
+    costs half."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the UNet."""
     batch_size: Count = 40
     seed: int = 0
 
@@ -161,8 +167,7 @@ class Sampling(Section):
 class Evaluate(Section):
     """Batch sampling over the evaluation prompts."""
 
-    sampling: Sampling = Sampling()
-    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    sampling: Sampling = Sampling(compute="bfloat16")
 
 
 class Gate(Section):
@@ -237,4 +242,5 @@ class Params(Section):
     encode: Encode = Encode()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    generate: Sampling = Sampling()
     registry: Registry = Registry()

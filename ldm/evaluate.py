@@ -88,7 +88,7 @@ def evaluate(
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
     ) as fresh:
-        painter = Painter.load(Source(str(model)), config.compute, pretrained.network)
+        painter = Painter.load(Source(str(model)), pretrained.network)
         start = _start(trained, pretrained, painter)
         judged = _judge(config, painter, prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")

@@ -41,14 +41,12 @@ class Painter:
     unet: Network
     schedule: dict[str, Any]
     device: torch.device
-    compute: torch.dtype
 
     @classmethod
-    def load(cls, source: Source, compute: str = "float32", network: str = "ldm") -> Painter:
+    def load(cls, source: Source, network: str = "ldm") -> Painter:
         """Load every part of a pipeline folder or hub id.
 
-        ``compute`` is the UNet's precision, ``network`` says whose code runs it (``ldm`` or
-        ``diffusers``).
+        ``network`` says whose code runs the UNet: ``ldm`` or ``diffusers``.
         """
         device = device_of()
         tokenizer, text_encoder = load_text_encoder(source)
@@ -59,7 +57,6 @@ class Painter:
             load_unet(source, network).to(device).eval().requires_grad_(False),
             load_scheduler_config(source),
             device,
-            getattr(torch, compute),
         )
 
     def draw(
@@ -102,7 +99,8 @@ class Painter:
     ) -> Iterator[torch.Tensor]:
         """Yield the noise that sampling starts from, then the latents after each step.
 
-        Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative.
+        Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative,
+        within an interval of noise levels (arXiv:2404.07724).
         """
         sampler = make_sampler(
             sampling.sampler, self.schedule, sampling.steps, sampling.implementation
@@ -115,7 +113,11 @@ class Painter:
         yield latents
         for call, timestep in enumerate(sampler.timesteps):
             model_input = sampler.model_input(latents, call)
-            output = self._guided(model_input, timestep, positive, negative, sampling.guidance)
+            share = timestep / sampler.train_steps
+            guided = sampling.guided_from <= share <= sampling.guided_to
+            scale = sampling.guidance if guided else 1.0
+            with precision(self.device, sampling.compute):
+                output = self._guided(model_input, timestep, positive, negative, scale)
             noise = self._noise(generators, shape) if sampler.stochastic else None
             latents = sampler.step(output, call, latents, noise)
             yield latents
@@ -165,11 +167,10 @@ class Painter:
     ) -> torch.Tensor:
         """The network's output, guided where ``scale`` is above 1; one call for both texts."""
         at = torch.tensor([timestep], device=self.device)
-        with self._precision():
-            if scale <= 1:
-                return denoise(self.unet, latents, at, positive).float()
-            states = torch.cat([negative, positive])
-            both = denoise(self.unet, torch.cat([latents, latents]), at, states).float()
+        if scale <= 1:
+            return denoise(self.unet, latents, at, positive).float()
+        states = torch.cat([negative, positive])
+        both = denoise(self.unet, torch.cat([latents, latents]), at, states).float()
         away, towards = both.chunk(2)
         return away + scale * (towards - away)
 
@@ -177,6 +178,8 @@ class Painter:
         drawn = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(drawn).to(self.device)
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        lower = self.compute != torch.float32
-        return torch.autocast(self.device.type, self.compute if lower else None, enabled=lower)
+
+def precision(device: torch.device, compute: str) -> AbstractContextManager[Any]:
+    """Autocast to a lower precision, or nothing."""
+    lower = compute != "float32"
+    return torch.autocast(device.type, getattr(torch, compute) if lower else None, enabled=lower)

@@ -39,7 +39,7 @@ def trained(pipeline: Path, latents: Path, folder: Path, **settings: object) -> 
 
 
 def evaluated(pipeline: Path, model: Path, prompts_file: Path) -> Path:
-    config = Evaluate(sampling=SAMPLING, compute="float32")
+    config = Evaluate(sampling=SAMPLING)
     pretrained = Pretrained(pipeline=str(pipeline), clip=str(pipeline / "clip"))
     evaluate(config, pretrained, model, prompts_file, model.parent / "eval")
     return model.parent / "eval"

@@ -114,3 +114,16 @@ def test_a_folder_in_sd1_layout_draws_what_diffusers_draws_from_it(
     ).images
     ours = pictures(painter, REQUESTS[:1], Sampling(sampler="pndm", steps=10))
     assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40
+
+
+def test_guidance_within_an_interval_of_levels(painter: Painter) -> None:
+    """An empty interval is no guidance; all of it is guidance throughout; a part is neither."""
+
+    def drawn(**changes: object) -> np.ndarray:
+        return pictures(painter, REQUESTS, Sampling.model_validate({"steps": 6, **changes}))
+
+    whole, none = drawn(), drawn(guidance=1.0)
+    assert np.array_equal(drawn(guided_from=0.0, guided_to=1.0), whole)
+    assert np.array_equal(drawn(guided_from=0.9, guided_to=0.1), none)
+    part = drawn(guided_from=0.4, guided_to=0.7)
+    assert not np.array_equal(part, whole) and not np.array_equal(part, none)
