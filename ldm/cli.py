@@ -113,7 +113,7 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--width", type=int)
     sub.add_argument("--fast", action="store_true", help="bfloat16, and guidance where it counts")
     sub.add_argument("--rows-per-shard", type=int, help="pack the pictures into tars")
-    sub.add_argument("--out", type=Path, default=Path("generated"))
+    sub.add_argument("--out", type=Path, help="default: a folder of the job's own in generated/")
 
 
 def _params(options: argparse.Namespace) -> Params:

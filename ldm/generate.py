@@ -57,9 +57,12 @@ class Drawing:
     cut: str
 
 
-def generate(model: str, prompts: Prompts, job: Job, out: Path, network: str = "ldm") -> None:
+def generate(
+    model: str, prompts: Prompts, job: Job, out: Path | None, network: str = "ldm"
+) -> None:
     """Draw every prompt ``images_per_prompt`` times into ``out``; go on where it was left off.
 
+    Without ``out`` the job has a folder of its own in ``generated``, named by what decides it.
     Picture ``k`` of a row has the row's seed plus ``k``. Writes pictures (``NNNNN.png``, or in
     ``images-NNNNN.tar``), ``images.jsonl`` with what made each, and ``skipped.jsonl`` with the rows
     of a file that could not be drawn.
@@ -74,7 +77,9 @@ def generate(model: str, prompts: Prompts, job: Job, out: Path, network: str = "
             wish(row, job.default)
     painter = Painter.load(locate(model), network=network)
     painter.latent_size(job.default.height, job.default.width)
-    _claim(out, _identity(painter, prompts, job))
+    identity = _identity(painter, prompts, job)
+    out = out or Path("generated") / digest_json(identity)[:8]
+    _claim(out, identity)
     if not (out / IMAGES).is_file():
         _draw(painter, prompts, job, out, total)
         _finish(out)

@@ -179,6 +179,15 @@ def test_other_jobs_pictures_are_left_alone(pipeline: Path, tmp_path: Path) -> N
         run(pipeline, ROWS, tmp_path / "full")
 
 
+def test_each_job_has_a_folder_of_its_own(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for prompt in ("a", "b", "a"):
+        generate(str(pipeline), [{"prompt": prompt}], Job(wish()), None)
+    assert len(list((tmp_path / "generated").iterdir())) == 2
+
+
 def test_shards_hold_the_same_pictures(pipeline: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"a star {n}"}) + "\n{}\n" for n in range(4)))

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"ingest", "first_stage", "encode", "train", "evaluate", "registry", "generate", "report"}
+STAGES = {
+    "ingest",
+    "first_stage",
+    "encode",
+    "train",
+    "evaluate",
+    "registry",
+    "generate",
+    "explain",
+    "report",
+}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "prefect", "pandas", "dvc", "numpy"}
 SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 
