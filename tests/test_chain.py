@@ -195,4 +195,4 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
     # The nightly schedule has put later runs into the calendar.
     due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
     assert list(due.values()) == ["Completed"] * 3, due
-    assert len(list((retrained / "generated").glob("*.png"))) == 12
+    assert len(list((retrained / "generated").glob("*/*.png"))) == 12
