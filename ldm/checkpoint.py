@@ -1,7 +1,8 @@
 """Training state on disk: safetensors and JSON, whole or not there at all.
 
 ``RUN/step-00000300/`` holds ``unet.safetensors``, ``ema.safetensors``, ``optimizer.safetensors``
-and, written last, ``state.json`` with the step and each file's sha256.
+and, written last, ``state.json`` with the step and each file's sha256. ``RUN/model.json`` says what
+the weights are the weights of.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, write_json
+from ldm.errors import UserError
 
-STATE = "state.json"
+STATE, MODEL = "state.json", "model.json"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -29,6 +32,36 @@ class Checkpoint:
     unet: Tensors
     ema: Tensors
     optimizer: Tensors
+
+
+@dataclass(frozen=True)
+class Model:
+    """What else it takes to draw with a checkpoint.
+
+    ``unet``: content of its ``config.json``; ``schedule``: scheduler configuration; ``pipeline``
+    and ``revision``: the name of the pipeline with the frozen parts.
+    """
+
+    unet: dict[str, Any]
+    schedule: dict[str, Any]
+    pipeline: str
+    revision: str | None
+
+
+def describe(run: Path, model: Model) -> None:
+    """Write what the checkpoints of a run are checkpoints of."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / MODEL, asdict(model))
+
+
+def averaged(folder: Path) -> tuple[Model, Tensors]:
+    """A checkpoint's averaged weights, and their model; UserError if it is not whole."""
+    if not is_whole(folder):
+        raise UserError(f"{folder}: is no whole checkpoint; give another, or train again")
+    about = folder.parent / MODEL
+    if not about.is_file():
+        raise UserError(f"{about}: is not there; give a checkpoint in the folder of its run")
+    return Model(**json.loads(about.read_text())), load_file(folder / "ema.safetensors")
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:

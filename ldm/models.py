@@ -1,7 +1,7 @@
 """Pretrained parts by name, all through ``from_pretrained``.
 
-A name is ``tiny`` (embedded in this package), a local folder, an MLflow URI
-(``models:/NAME@ALIAS``) or a hub id. A pipeline folder is in Stable Diffusion layout: ``vae``,
+A name is ``tiny`` (embedded in this package), a local folder, a training's checkpoint, an MLflow
+URI (``models:/NAME@ALIAS``) or a hub id. A pipeline folder is in Stable Diffusion layout: ``vae``,
 ``text_encoder``, ``tokenizer``, ``unet``, ``scheduler``.
 """
 
@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ldm import checkpoint
 from ldm.config import Pretrained
 from ldm.errors import UserError
 from ldm.unet import Network, from_scratch
@@ -96,6 +97,21 @@ def load_unet(source: Source, network: str = "ldm") -> Network:
     """The UNet, float32, run by our code or by ``diffusers``'."""
     unet = _load(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
     return unet if network == "diffusers" else from_scratch(unet)
+
+
+def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
+    """Frozen parts, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
+
+    A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
+    """
+    folder = Path(source.location)
+    if not (folder / checkpoint.STATE).is_file():
+        return load_encoders(source), load_unet(source, network), load_scheduler_config(source)
+    model, weights = checkpoint.averaged(folder)
+    unet = UNet2DConditionModel.from_config(model.unet)
+    unet.load_state_dict(weights)
+    encoders = load_encoders(locate(model.pipeline, model.revision))
+    return encoders, unet if network == "diffusers" else from_scratch(unet), model.schedule
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:

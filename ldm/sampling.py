@@ -16,7 +16,7 @@ from ldm.config import Sampling
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
-from ldm.models import Source, load_scheduler_config, load_text_encoder, load_unet, load_vae
+from ldm.models import Source, load_model
 from ldm.schedulers import make_sampler
 from ldm.text import tokenize
 from ldm.unet import Network, denoise
@@ -44,18 +44,18 @@ class Painter:
 
     @classmethod
     def load(cls, source: Source, network: str = "ldm") -> Painter:
-        """Load every part of a pipeline folder or hub id.
+        """Load every part of a pipeline folder, hub id or checkpoint.
 
         ``network`` says whose code runs the UNet: ``ldm`` or ``diffusers``.
         """
         device = device_of()
-        tokenizer, text_encoder = load_text_encoder(source)
+        encoders, unet, schedule = load_model(source, network)
         return cls(
-            load_vae(source).to(device),
-            tokenizer,
-            text_encoder.to(device),
-            load_unet(source, network).to(device).eval().requires_grad_(False),
-            load_scheduler_config(source),
+            encoders.vae.to(device),
+            encoders.tokenizer,
+            encoders.text_encoder.to(device),
+            unet.to(device).eval().requires_grad_(False),
+            schedule,
             device,
         )
 

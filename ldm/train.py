@@ -36,7 +36,7 @@ from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say
 from ldm.run_log import RunLog
 from ldm.schedule import cosine_with_warmup
-from ldm.unet import Network, from_scratch, random_unet
+from ldm.unet import Network, from_scratch, random_unet, shape_of
 
 LOG = "log.jsonl"
 
@@ -59,6 +59,11 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
     run = runs / digest_json({"config": settings, "inputs": inputs})[:12]
+    about = checkpoint.Model(
+        shape_of(unet), schedule, pretrained.pipeline, revision=pretrained.revision
+    )
+    if accelerator.is_main_process:
+        checkpoint.describe(run, about)
     objective = Objective.of(schedule, config.min_snr_gamma)
     unet, ema = _optimize(accelerator, config, objective, cache, held_out, unet, run)
     if accelerator.is_main_process:
@@ -242,7 +247,6 @@ def _resume(run: Path, unet: Network, ema: Ema, optimizer: Any) -> int:
     """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
     found = checkpoint.newest(run)
     if found is None:
-        run.mkdir(parents=True, exist_ok=True)
         return 0
     unet.load_state_dict(found.unet)
     device = next(unet.parameters()).device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,15 +34,20 @@ def as_diffusers(unet: Network) -> UNet2DConditionModel:
     if isinstance(unet, UNet2DConditionModel):
         return unet
     with torch.device("meta"):
-        theirs = UNet2DConditionModel.from_config(unet.values)
+        theirs = UNet2DConditionModel.from_config(shape_of(unet))
     theirs.load_state_dict(unet.state_dict(), assign=True)
     return theirs
+
+
+def shape_of(unet: Network) -> dict[str, Any]:
+    """The content of the network's ``config.json``."""
+    return unet.values if isinstance(unet, UNet) else dict(unet.config)
 
 
 def random_like(unet: Network, seed: int) -> Network:
     """A network of the same kind and shape, from the random weights of :func:`random_unet`."""
     torch.manual_seed(seed)
-    fresh = UNet2DConditionModel.from_config(as_diffusers(unet).config)
+    fresh = UNet2DConditionModel.from_config(shape_of(unet))
     return from_scratch(fresh) if isinstance(unet, UNet) else fresh
 
 

@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ldm.artifacts import opening
-from ldm.config import Pretrained, Train
+from ldm.config import Pretrained, Sampling, Train
 from ldm.errors import UserError
+from ldm.models import Source
+from ldm.sampling import Painter, Request
 from ldm.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +46,21 @@ def test_it_learns_and_writes_a_pipeline(pipeline: Path, latents: Path, tmp_path
     assert opening(model, "model", "train").counts == {"steps": 60, "samples": 480}
     loaded = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     assert loaded.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_checkpoint_draws_what_the_finished_model_draws(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    model = run_here(pipeline, latents, tmp_path)
+    (checkpoint,) = tmp_path.glob("runs/*/step-00000012")
+    drawn = [
+        list(Painter.load(Source(str(folder))).draw([Request("a red star", 1)], Sampling(steps=3)))
+        for folder in (model, checkpoint)
+    ]
+    assert np.array_equal(drawn[0], drawn[1])
+    (checkpoint / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is no whole checkpoint"):
+        Painter.load(Source(str(checkpoint)))
 
 
 def test_accumulation_and_batch_give_the_same_step(
