@@ -19,6 +19,7 @@ from ldm.quiet import quieten
 if TYPE_CHECKING:
     from ldm.config import Params
 
+MODEL_HELP = "folder, checkpoint of a training, hub id or MLflow URI"
 FAST = {"compute": "bfloat16", "guided_from": 0.3, "guided_to": 0.9}
 """What ``ldm generate --fast`` changes; ``python -m bench generation`` measures it."""
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_options(command("generate", _generate, "draw pictures from prompts"))
     explain = command("explain", _explain, "draw diffusion itself: a picture to noise and back")
     explain.add_argument("picture", type=Path)
-    explain.add_argument("--model", default="tiny", help="folder, hub id or MLflow URI")
+    explain.add_argument("--model", default="tiny", help=MODEL_HELP)
     explain.add_argument("--prompt", default="", help="what the way back leads to")
     explain.add_argument("--seed", type=int, default=0)
     explain.add_argument("--out", type=Path, default=Path("explained"))
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", default="models:/ldm@champion", help="folder, hub id or MLflow URI")
+    sub.add_argument("--model", default="models:/ldm@champion", help=MODEL_HELP)
     sub.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     sub.add_argument(
         "--negative", action="append", default=[], help="one for all prompts, or one for each"
@@ -106,8 +107,8 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv, .jsonl or .parquet")
     sub.add_argument("--steps", type=int, help="denoising steps")
     sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
-    sub.add_argument("--sampler", help="dpm++, euler, lms, ddim or pndm")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--sampler", help="dpm++, euler, lms, ddim, ddpm or pndm")
+    sub.add_argument("--seed", type=int, help="of a prompt's first picture; default: 0")
     sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     sub.add_argument("--height", type=int)
     sub.add_argument("--width", type=int)
@@ -213,7 +214,8 @@ def _generate(options: argparse.Namespace) -> None:
     changed = {key: value for key, value in given.items() if value is not None}
     sampling = with_changes(params.generate, changed, "generate")
     negative = negatives[0] if len(negatives) == 1 else ""
-    default = Wish("", negative, options.seed, options.height, options.width, sampling, {})
+    seed = sampling.seed if options.seed is None else options.seed
+    default = Wish("", negative, seed, options.height, options.width, sampling, {})
     rows = [{"prompt": prompt} for prompt in prompts]
     if len(negatives) > 1:
         rows = [{**row, "negative": one} for row, one in zip(rows, negatives, strict=True)]
@@ -224,8 +226,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     from ldm.explain import explain
 
-    _params(options)
-    explain(options.model, options.picture, options.prompt, options.seed, options.out)
+    network = _params(options).pretrained.network
+    explain(options.model, options.picture, options.prompt, options.seed, options.out, network)
 
 
 if __name__ == "__main__":

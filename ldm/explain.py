@@ -26,13 +26,15 @@ STEPS = 20
 FRAME_MS, HOLD_MS = 90, 1200
 
 
-def explain(model: str, picture: Path, prompt: str, seed: int, out: Path) -> None:
+def explain(
+    model: str, picture: Path, prompt: str, seed: int, out: Path, network: str = "ldm"
+) -> None:
     """Write ``forward.png``, ``reverse.png`` and ``diffusion.gif`` to ``out``.
 
     Forward: the picture's latents with more and more noise (see :func:`ldm.diffusion.add_noise`),
     decoded. Reverse: from noise alone, step by step (DDIM), to a picture of ``prompt``.
     """
-    painter = Painter.load(locate(model))
+    painter = Painter.load(locate(model), network)
     there = forward(painter, read_picture(picture, painter), seed)
     back = reverse(painter, prompt, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def read_picture(path: Path, painter: Painter) -> np.ndarray:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: is no picture that can be read ({error})") from error
     return np.asarray(ImageOps.fit(upright, (columns * scale, rows * scale)))
 

@@ -6,9 +6,12 @@ command after a kill skips what is published and draws the rest, to the same byt
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,22 +70,30 @@ def generate(
     ``images-NNNNN.tar``), ``images.jsonl`` with what made each, and ``skipped.jsonl`` with the rows
     of a file that could not be drawn.
     """
-    if job.images_per_prompt < 1:
-        raise UserError(f"--num-images {job.images_per_prompt}: must be at least 1")
+    for name, value in (
+        ("num-images", job.images_per_prompt),
+        ("rows-per-shard", job.rows_per_shard),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     total = sum(1 for _ in _read(prompts))
     if total == 0:
         raise UserError("no prompts: give --prompt TEXT, or --prompts FILE with a row at least")
-    if isinstance(prompts, list):
-        for row in prompts:
-            wish(row, job.default)
     painter = Painter.load(locate(model), network=network)
-    painter.latent_size(job.default.height, job.default.width)
-    identity = _identity(painter, prompts, job)
+    _check(painter, job.default)
+    if isinstance(prompts, list):
+        for number, row in enumerate(prompts, start=1):
+            try:
+                _check(painter, wish(row, job.default))
+            except UserError as error:
+                raise UserError(f"prompt {number} {error}") from error
+    identity = _identity(painter, prompts, job, network)
     out = out or Path("generated") / digest_json(identity)[:8]
-    _claim(out, identity)
-    if not (out / IMAGES).is_file():
-        _draw(painter, prompts, job, out, total)
-        _finish(out)
+    with _claimed(out, identity):
+        if not (out / IMAGES).is_file():
+            _draw(painter, prompts, job, out, total)
+            _finish(out)
+        shutil.rmtree(out / TABLES, ignore_errors=True)
     drawn, skipped = (_lines(out / name) for name in (IMAGES, SKIPPED))
     told = f", {skipped} rows skipped, see {SKIPPED}" if skipped else ""
     if not drawn:
@@ -90,39 +101,55 @@ def generate(
     say(f"generate: {drawn} pictures{told} -> {out}")
 
 
+def _check(painter: Painter, asked: Wish) -> None:
+    """Refuse sizes and steps that the model's autoencoder and schedule cannot do."""
+    painter.latent_size(asked.height, asked.width)
+    painter.sampler(asked.sampling)
+
+
 def _read(prompts: Prompts) -> Iterable[dict[str, Any] | None]:
     return rows(prompts) if isinstance(prompts, Path) else prompts
 
 
-def _identity(painter: Painter, prompts: Prompts, job: Job) -> dict[str, Any]:
+def _identity(painter: Painter, prompts: Prompts, job: Job, network: str) -> dict[str, Any]:
     """All that decides the pictures."""
+    wished = {key: value for key, value in asdict(job.default).items() if key != "sampling"}
     return {
         "unet": digest_weights(painter.unet),
         "vae": digest_weights(painter.vae),
         "text_encoder": digest_weights(painter.text_encoder),
+        "tokenizer": digest_json(painter.tokenizer.get_vocab()),
+        "schedule": digest_json(painter.schedule),
+        "network": network,
         "prompts": digest_file(prompts) if isinstance(prompts, Path) else digest_json(prompts),
         "images_per_prompt": job.images_per_prompt,
         "rows_per_shard": job.rows_per_shard,
-        **{key: value for key, value in asdict(job.default).items() if key != "sampling"},
         **job.default.sampling.as_dict(),
+        **wished,
     }
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make ``out`` this job's; pictures of another are never mixed with or replaced."""
-    if (out / JOB).is_file():
-        known = json.loads((out / JOB).read_text())
+@contextmanager
+def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Hold ``out`` for this job; pictures of another are never mixed with or replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / JOB).is_file():
+        if any(path.name != f".{JOB}.writing" for path in out.iterdir()):
+            raise UserError(f"{out}: is not empty; give another --out")
+        write_json(out / JOB, identity)
+    with (out / JOB).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another process draws into it; wait for it") from error
+        known = json.load(file)
         other = sorted(key for key in identity if known.get(key) != identity[key])
         if other:
             raise UserError(
                 f"{out}: holds pictures of another job (other {', '.join(other)}); give another "
                 "--out, or remove it"
             )
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; give another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / JOB, identity)
+        yield
 
 
 def _draw(painter: Painter, prompts: Prompts, job: Job, out: Path, total: int) -> None:
@@ -141,8 +168,7 @@ def _draw(painter: Painter, prompts: Prompts, job: Job, out: Path, total: int) -
                 say(f"generate: {where}, cut: {drawing.cut!r}")
             _draw_part(painter, drawings, out, part, job.rows_per_shard, bar)
             lines = [_line(drawing) for drawing in drawings] + skipped
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_whole(table, text.encode())
+            write_whole(table, "".join(_json(line) for line in lines).encode())
             bar.update(len(skipped) * job.images_per_prompt)
         else:
             bar.update(len(numbered) * job.images_per_prompt)
@@ -163,7 +189,7 @@ def _plan(
     for row, content in numbered:
         try:
             asked = wish(content, job.default)
-            painter.latent_size(asked.height, asked.width)
+            _check(painter, asked)
         except UserError as error:
             skipped.append({"row": row + 1, "skipped": str(error)})
             continue
@@ -194,7 +220,7 @@ def _draw_part(
     if sharded:
         with ShardWriter(aside, "shard", max(1, len(drawings))) as shard:
             for one in drawings:
-                about = json.dumps(_line(one), ensure_ascii=False).encode()
+                about = _json(_line(one)).encode()
                 picture = (aside / f"{one.name}.png").read_bytes()
                 shard.write(one.name, {"png": picture, "json": about})
         if drawings:
@@ -206,6 +232,7 @@ def _draw_part(
 
 
 def _line(one: Drawing) -> dict[str, Any]:
+    """What made a picture, and under ``extra`` the other columns of its row."""
     settings = one.wish.sampling.model_dump(exclude={"batch_size", "seed"})
     size = {"height": one.wish.height, "width": one.wish.width}
     line = {
@@ -215,21 +242,26 @@ def _line(one: Drawing) -> dict[str, Any]:
         **settings,
         **size,
     }
-    return {**one.wish.extra, **line, **({"cut": one.cut} if one.cut else {})}
+    line |= {"cut": one.cut} if one.cut else {}
+    return line | ({"extra": one.wish.extra} if one.wish.extra else {})
+
+
+def _json(line: dict[str, Any]) -> str:
+    # Parquet has dates and decimals.
+    return json.dumps(line, ensure_ascii=False, default=str) + "\n"
 
 
 def _finish(out: Path) -> None:
     """Join the parts' tables, line by line; the table of pictures last, as the job's end."""
-    for name, wanted in ((SKIPPED, True), (IMAGES, False)):
+    for name, drawn in ((SKIPPED, False), (IMAGES, True)):
         aside = out / f".{name}"
         with aside.open("w", encoding="utf-8") as joined:
             for table in sorted((out / TABLES).iterdir()):
-                with table.open(encoding="utf-8") as file:
-                    joined.writelines(
-                        line for line in file if ("skipped" in json.loads(line)) == wanted
-                    )
+                with table.open(encoding="utf-8") as lines:
+                    joined.writelines(one for one in lines if ("file" in json.loads(one)) == drawn)
+            joined.flush()
+            os.fsync(joined.fileno())
         aside.replace(out / name)
-    shutil.rmtree(out / TABLES)
 
 
 def _lines(path: Path) -> int:

@@ -108,15 +108,20 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     if not (folder / checkpoint.STATE).is_file():
         return load_encoders(source), load_unet(source, network), load_scheduler_config(source)
     model, weights = checkpoint.averaged(folder)
-    unet = UNet2DConditionModel.from_config(model.unet)
-    unet.load_state_dict(weights)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(model.unet)
+    unet.load_state_dict(weights, assign=True)
     encoders = load_encoders(locate(model.pipeline, model.revision))
     return encoders, unet if network == "diffusers" else from_scratch(unet), model.schedule
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:
     """The scheduler's configuration: betas, prediction type, spacing."""
-    return dict(_load(DDPMScheduler, source, "scheduler").config)
+    config = dict(_load(DDPMScheduler, source, "scheduler").config)
+    # The spacing that a folder leaves open is each sampler's own default, not DDPM's.
+    if "timestep_spacing" in config.pop("_use_default_values", []):
+        del config["timestep_spacing"]
+    return config
 
 
 def load_clip(source: Source) -> tuple[CLIPTokenizer, CLIPModel]:

@@ -30,6 +30,11 @@ def save_pipeline(
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     forget_origin(folder)
+    if "timestep_spacing" not in schedule:
+        written = folder / "scheduler" / "scheduler_config.json"
+        content = json.loads(written.read_text())
+        del content["timestep_spacing"]
+        write_json(written, content)
 
 
 def forget_origin(folder: Path) -> None:

@@ -17,9 +17,12 @@ from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
 from ldm.models import Source, load_model
-from ldm.schedulers import make_sampler
+from ldm.schedulers import Sampler, make_sampler
 from ldm.text import tokenize
 from ldm.unet import Network, denoise
+
+LARGEST = 8
+"""Sides of a picture, in sides of what the model was trained for."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Painter:
         width: int | None = None,
     ) -> torch.Tensor:
         """Scaled latents of shape (n, c, h, w), denoised in ``sampling.steps`` steps."""
-        *_, last = self.trajectory(requests, sampling, height, width)
+        for latents in self.trajectory(requests, sampling, height, width):
+            last = latents
         return last
 
     @torch.inference_mode()
@@ -102,9 +106,7 @@ class Painter:
         Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative,
         within an interval of noise levels (arXiv:2404.07724).
         """
-        sampler = make_sampler(
-            sampling.sampler, self.schedule, sampling.steps, sampling.implementation
-        )
+        sampler = self.sampler(sampling)
         positive = self.text_states([request.prompt for request in requests])
         negative = self.text_states([request.negative for request in requests])
         shape = (self.unet.config.in_channels, *self.latent_size(height, width))
@@ -121,6 +123,11 @@ class Painter:
             noise = self._noise(generators, shape) if sampler.stochastic else None
             latents = sampler.step(output, call, latents, noise)
             yield latents
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """A fresh sampler on the model's noise schedule; UserError if it cannot follow that."""
+        name, steps = sampling.sampler, sampling.steps
+        return make_sampler(name, self.schedule, steps, sampling.implementation)
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -153,8 +160,9 @@ class Painter:
         scale = self.pixels_a_latent
         side = self.unet.config.sample_size * scale
         for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < 1 or pixels % scale):
-                raise UserError(f"{name} {pixels}: must be a positive multiple of {scale}")
+            if pixels is not None and (pixels % scale or not 1 <= pixels <= LARGEST * side):
+                limit = f"a positive multiple of {scale}, at most {LARGEST * side}"
+                raise UserError(f"{name} {pixels}: must be {limit}")
         return (height or side) // scale, (width or side) // scale
 
     def _guided(

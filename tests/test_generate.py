@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def test_rows_mean_the_same_in_every_kind_of_file(
     expected = run(pipeline, ROWS, tmp_path / "listed")
     assert pictures(tmp_path / "out") == pictures(tmp_path / "listed")
     assert lines == expected
-    assert [line["id"] for line in lines] == ["x", "y"]
+    assert [line["extra"] for line in lines] == [{"id": "x"}, {"id": "y"}]
     first = {"seed": 3, "steps": 3, "width": 32, "negative": "blue", "row": 1, "guidance": 3.0}
     assert first.items() <= lines[0].items()
 
@@ -102,28 +104,67 @@ def test_a_picture_depends_on_its_prompt_and_number_alone(pipeline: Path, tmp_pa
     assert len(set(a)) == 6
 
 
+BAD_ROWS = {
+    "not json": "cannot be read",
+    "[1]": "cannot be read",
+    '{"prompt": "  "}': "has no prompt",
+    '{"prompt": 7}': "has no prompt",
+    '{"prompt": "a", "seed": "soon"}': "seed 'soon' is no whole number",
+    '{"prompt": "a", "seed": 1.5}': "seed '1.5' is no whole number",
+    '{"prompt": "a", "seed": Infinity}': "seed 'inf' is no whole number",
+    '{"prompt": "a", "seed": ' + "9" * 400 + "}": "is no whole number",
+    '{"prompt": "a", "seed": -1}': "seed '-1' is no whole number",
+    '{"prompt": "a", "steps": 0}': "steps",
+    '{"prompt": "a", "steps": 5000}': "steps 5000: too many for a schedule of 1000",
+    '{"prompt": "a", "guidance": Infinity}': "guidance",
+    '{"prompt": "a", "height": 30}': "height 30",
+    '{"prompt": "a", "width": 8000000}': "width 8000000",
+    '{"prompt": "a", "sampler": "magic"}': "sampler",
+    '{"prompt": "half an emoji \\ud83d"}': "is no Unicode text",
+}
+
+
 def test_bad_rows_of_a_file_are_listed_and_the_rest_is_drawn(
     pipeline: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "prompts.jsonl"
-    good = json.dumps({"prompt": "a red circle"})
-    bad = [
-        "not json",
-        '{"prompt": "  "}',
-        '{"prompt": "a", "seed": "soon"}',
-        '{"prompt": "a", "steps": 0}',
-        '{"prompt": "a", "height": 30}',
-        '{"prompt": "a", "sampler": "magic"}',
-    ]
-    path.write_text("\n".join([good, *bad, good]) + "\n")
+    good = json.dumps({"prompt": "a red circle", "seed": 2**62, "skipped": "no", "file": "x"})
+    path.write_text("\ufeff" + "\n".join([good, *BAD_ROWS, good]) + "\n\n")
     lines = run(pipeline, path, tmp_path / "out")
-    assert [line["row"] for line in lines] == [1, 8]
-    assert [line["file"] for line in lines] == ["00000.png", "00007.png"]
+    last = len(BAD_ROWS) + 1
+    assert [line["row"] for line in lines] == [1, last + 1]
+    assert [line["file"] for line in lines] == ["00000.png", f"{last:05d}.png"]
+    assert lines[0]["extra"] == {"skipped": "no", "file": "x"}
     skipped = [json.loads(one) for one in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
-    assert [one["row"] for one in skipped] == [2, 3, 4, 5, 6, 7]
-    told = ["cannot be read", "has no prompt", "seed 'soon'", "steps", "height 30", "sampler"]
-    for one, reason in zip(skipped, told, strict=True):
+    assert [one["row"] for one in skipped] == list(range(2, last + 1))
+    for one, reason in zip(skipped, BAD_ROWS.values(), strict=True):
         assert reason in one["skipped"]
+
+
+def test_columns_of_any_kind_are_carried(pipeline: Path, tmp_path: Path) -> None:
+    day = datetime.date(2026, 11, 23)
+    row = {"prompt": "a", "day": day, "price": Decimal("1.5"), "raw": b"x", "seed": 3.0}
+    (line,) = run(pipeline, write(tmp_path / "prompts.parquet", [row]), tmp_path / "out")
+    assert line["extra"]["day"] == "2026-11-23" and line["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("latin.txt", "caf\xe9".encode("latin-1"), "is it UTF-8, and whole"),
+        ("wide.csv", "prompt\na".encode("utf-16"), "is it UTF-8, and whole"),
+        ("open.csv", b'prompt\n"' + b"a" * 200_000, "is it UTF-8, and whole"),
+        ("twice.csv", b"prompt,prompt\na,b\n", "has the column 'prompt' twice"),
+        ("torn.parquet", b"PAR1 and no more", "is it UTF-8, and whole"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(
+    pipeline: Path, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: .*{told}"):
+        run(pipeline, tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +175,7 @@ def test_bad_rows_of_a_file_are_listed_and_the_rest_is_drawn(
         ([{"prompt": "a"}], {"default": wish(height=60)}, "height 60: must be a positive multiple"),
         ([{"prompt": "a"}], {"default": wish(width=0)}, "width 0: must be a positive multiple"),
         ([{"prompt": "a"}], {"images_per_prompt": 0}, "must be at least 1"),
+        ([{"prompt": "a"}], {"rows_per_shard": 0}, "must be at least 1"),
         (Path("nowhere.txt"), {}, "no such file"),
         (Path("prompts.xls"), {}, "unknown kind of prompts file"),
     ],
@@ -209,39 +251,41 @@ def test_shards_hold_the_same_pictures(pipeline: Path, tmp_path: Path) -> None:
     assert order == lines
 
 
-def test_killed_anywhere_it_ends_in_the_same_bytes(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+@pytest.mark.parametrize("rows_per_shard", [None, 2])
+def test_killed_at_any_write_it_ends_in_the_same_bytes(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_shard: int | None
 ) -> None:
-    """Stopped after every single write in turn, and started again each time."""
+    """Before each rename in turn, files and tables alike, and started again."""
     monkeypatch.setattr(job_module, "LOOSE_PART", 2)
-    rows = [{"prompt": f"a star {number}"} for number in range(5)]
-    run(pipeline, rows, tmp_path / "straight")
-    original, left = job_module.write_whole, 0
+    rows = [{"prompt": f"a star {number}"} for number in range(3)]
+    rename, left = Path.replace, -1
 
-    class Killed(BaseException):
-        pass
-
-    def dying(path: Path, content: bytes) -> None:
+    def counted(path: Path, target: Path) -> Path:
         nonlocal left
         if left == 0:
             raise Killed
         left -= 1
-        original(path, content)
+        return rename(path, target)
 
-    monkeypatch.setattr(job_module, "write_whole", dying)
-    attempts = 0
-    while not (tmp_path / "killed" / "images.jsonl").is_file():
-        attempts, left = attempts + 1, 3
-        try:
-            run(pipeline, rows, tmp_path / "killed")
-        except Killed:
-            assert attempts < 20
-    assert attempts > 1
-    ends = [
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        for name in ("straight", "killed")
-    ]
-    assert ends[0] == ends[1]
+    monkeypatch.setattr(Path, "replace", counted)
+    run(pipeline, rows, tmp_path / "straight", rows_per_shard=rows_per_shard)
+    renames = -1 - left
+    assert renames > 8
+    for kill in range(renames):
+        left, folder = kill, tmp_path / f"killed {kill}"
+        with pytest.raises(Killed):
+            run(pipeline, rows, folder, rows_per_shard=rows_per_shard)
+        left = -1
+        run(pipeline, rows, folder, rows_per_shard=rows_per_shard)
+        assert contents(folder) == contents(tmp_path / "straight")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow

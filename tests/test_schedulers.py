@@ -18,7 +18,7 @@ from diffusers import (
 
 from ldm.diffusion import alphas_cumprod
 from ldm.errors import UserError
-from ldm.schedulers import SAMPLERS
+from ldm.schedulers import SAMPLERS, make_sampler
 
 REFERENCES: dict[str, Any] = {
     "dpm++": DPMSolverMultistepScheduler,
@@ -124,6 +124,52 @@ def test_a_perfect_network_leads_to_the_picture(name: str, prediction: str) -> N
         latents = sampler.step(output, call, latents, draw())
     # Those that stop at the first timestep keep its noise, three percent.
     assert float((latents - original).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [7, 30, 61, 103, 223, 240, 445])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_any_number_of_steps_stays_on_the_schedule(name: str, steps: int, spacing: str) -> None:
+    schedule = {"num_train_timesteps": 1000, "timestep_spacing": spacing, **COSINE}
+    timesteps = make_sampler(name, schedule, steps).timesteps
+    assert abs(len(timesteps) - steps) <= 2
+    assert min(timesteps) >= 0 and max(timesteps) <= 999
+    assert timesteps == sorted(timesteps, reverse=True)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_schedule_that_ends_in_noise_alone_stays_finite(name: str) -> None:
+    schedule = {
+        "num_train_timesteps": 1000,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        **SD,
+    }
+    sampler = make_sampler(name, schedule, 10)
+    latents = torch.randn(1, 4, 4, 4, dtype=torch.float64) * sampler.start_scale
+    for call in range(len(sampler.timesteps)):
+        output = 0.1 * sampler.model_input(latents, call)
+        latents = sampler.step(output, call, latents, torch.randn_like(latents))
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prediction_type": "sample"}, "prediction_type 'sample' is not known"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is set"),
+    ],
+)
+def test_what_ours_cannot_follow_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        make_sampler("euler", {"num_train_timesteps": 1000, **SD, **change}, 10)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_more_steps_than_the_schedule_has_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="too many for a schedule of 1000"):
+        make_sampler(name, {"num_train_timesteps": 1000, **SD}, 1001)
 
 
 def test_too_few_steps_for_runge_kutta() -> None:

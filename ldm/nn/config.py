@@ -41,6 +41,8 @@ FAMILY: dict[str, Any] = {
     "timestep_post_act": None,
 }
 """Options of diffusers' class that this family leaves at their default; null is that too."""
+ALIKE = {"mid_block_type": (FAMILY["mid_block_type"],)}
+"""Where null is something else."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class UNetConfig:
     def read(cls, values: Mapping[str, Any]) -> Self:
         """From the content of a ``config.json``; ``UserError`` names what is not of the family."""
         for name, default in FAMILY.items():
-            if values.get(name, default) not in (default, None):
+            if values.get(name, default) not in ALIKE.get(name, (default, None)):
                 raise UserError(f"unet: {name} is {values[name]!r}; only {default!r} is known here")
         widths = tuple(values["block_out_channels"])
         levels = len(widths)

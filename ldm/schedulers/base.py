@@ -20,6 +20,14 @@ import numpy as np
 import torch
 
 from ldm.diffusion import alphas_cumprod
+from ldm.errors import UserError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+OTHERS = (
+    *("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+    *("use_lu_lambdas", "use_flow_sigmas", "trained_betas"),
+)
+"""Options of diffusers' schedulers that ours do not have."""
 
 
 class Sampler(ABC):
@@ -32,12 +40,22 @@ class Sampler(ABC):
     timesteps: list[float]
     """What the network is told, a number a call of it, falling."""
 
+    smallest = 0.0
+    """What ``abar`` is at least: divisions want more than the nothing of a zero terminal SNR."""
+
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
-        assert steps >= 1
+        """Raises :class:`UserError` for a schedule or a number of steps that it cannot follow."""
         self.schedule, self.steps = schedule, steps
         self.prediction = str(schedule.get("prediction_type", "epsilon"))
         self.train_steps = int(schedule["num_train_timesteps"])
-        self.abar: list[float] = alphas_cumprod(schedule).tolist()
+        if steps > self.train_steps:
+            raise UserError(f"steps {steps}: too many for a schedule of {self.train_steps}")
+        if self.prediction not in PREDICTIONS:
+            raise UserError(f"scheduler: prediction_type {self.prediction!r} is not known")
+        for option in OTHERS:
+            if schedule.get(option):
+                raise UserError(f"scheduler: {option} is set; use implementation diffusers")
+        self.abar = [max(level, self.smallest) for level in alphas_cumprod(schedule).tolist()]
 
     def model_input(self, latents: torch.Tensor, call: int) -> torch.Tensor:
         """The latents as the network wants them for this call: of about unit variance."""
@@ -64,11 +82,23 @@ def spaced(
     """
     total = int(schedule["num_train_timesteps"])
     spacing = schedule.get("timestep_spacing", default)
+    falling: np.ndarray
     if spacing == "linspace":
-        rising = np.linspace(0, total - 1, steps)
-        return [float(t) for t in (rising.round() if whole else rising)[::-1]]
-    if spacing == "leading":
-        rising = np.arange(steps) * (total // steps) + schedule.get("steps_offset", 0)
-        return [float(t) for t in rising[::-1]]
-    assert spacing == "trailing", spacing
-    return [float(t) for t in np.arange(total, 0, -total / steps).round() - 1]
+        rising = np.linspace(0.0, total - 1, steps)
+        falling = (rising.round() if whole else rising)[::-1]
+    elif spacing == "leading":
+        offset = float(schedule.get("steps_offset", 0))
+        falling = np.arange(steps)[::-1] * (total // steps) + offset
+    else:
+        assert spacing == "trailing", spacing
+        falling = (total - np.arange(steps) * total / steps).round() - 1
+    return falling_timesteps(falling, total)
+
+
+def falling_timesteps(found: np.ndarray, total: int) -> list[float]:
+    """As numbers; :class:`UserError` if some are the same or out of the schedule."""
+    timesteps = [float(t) for t in found]
+    distinct = len(set(timesteps)) == len(timesteps)
+    if not timesteps or not distinct or timesteps[0] > total - 1:
+        raise UserError(f"steps {len(timesteps)}: too many for a schedule of {total}")
+    return timesteps

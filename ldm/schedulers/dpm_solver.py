@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ldm.diffusion import predicted_original
-from ldm.schedulers.base import Sampler
+from ldm.schedulers.base import Sampler, falling_timesteps
 
 FEW_STEPS = 15
 """Below as many, the last step is of first order even where it does not end at zero noise."""
@@ -22,6 +22,8 @@ class DPMSolverSampler(Sampler):
     ``lambda_min_clipped`` leaves out levels where ``log(signal / noise)`` is lower still;
     ``final_sigmas_type`` says whether the last step goes to ``zero`` noise or to timestep 0's.
     """
+
+    smallest = 2.0**-24
 
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
@@ -58,15 +60,17 @@ class DPMSolverSampler(Sampler):
         clip = float(self.schedule.get("lambda_min_clipped", -math.inf))
         total = sum(half_log_snr(one) >= clip for one in self.abar)
         spacing, steps = self.schedule.get("timestep_spacing", "linspace"), self.steps
+        falling: np.ndarray
         if spacing == "linspace":
-            rising = np.linspace(0.0, total - 1, steps + 1).round()[1:].astype(float)
+            falling = np.linspace(0.0, total - 1, steps + 1).round()[:0:-1]
         elif spacing == "leading":
             offset = float(self.schedule.get("steps_offset", 0))
-            rising = np.arange(1.0, steps + 1) * (total // (steps + 1)) + offset
+            falling = np.arange(steps, 0, -1) * (total // (steps + 1)) + offset
         else:
             assert spacing == "trailing", spacing
-            return [float(t) for t in np.arange(total, 0, -self.train_steps / steps).round() - 1]
-        return [float(t) for t in rising[::-1]]
+            falling = (total - np.arange(steps) * self.train_steps / steps).round() - 1
+            falling = falling[falling >= 0]
+        return falling_timesteps(falling, self.train_steps)
 
 
 def half_log_snr(abar: float) -> float:

@@ -31,6 +31,8 @@ class PNDMSampler(Sampler):
     taken twice, as latent diffusion does.
     """
 
+    smallest = 2.0**-24
+
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
         self.stride = self.train_steps // steps

@@ -31,9 +31,7 @@ class ReferenceSampler(Sampler):
 
     def __init__(self, name: str, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
-        # diffusers would take what is named there for not given.
-        given = {key: value for key, value in schedule.items() if key != "_use_default_values"}
-        self.scheduler = SCHEDULERS[name].from_config({**given, "clip_sample": False})
+        self.scheduler = SCHEDULERS[name].from_config({**schedule, "clip_sample": False})
         self.scheduler.set_timesteps(steps)
         self.timesteps = self.scheduler.timesteps.tolist()
         self.start_scale = float(self.scheduler.init_noise_sigma)

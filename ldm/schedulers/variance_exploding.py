@@ -21,6 +21,8 @@ def sigmas_at(abar: list[float], timesteps: list[float]) -> list[float]:
 class EulerSampler(Sampler):
     """Euler's method on the ODE (arXiv:2206.00364, algorithm 1 without the second order)."""
 
+    smallest = 2.0**-24
+
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
         self.timesteps = spaced(schedule, steps, "linspace", whole=False)
