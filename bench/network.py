@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bench.compare import compare
+from ldm.denoiser import load_unet
 from ldm.device import device_of
-from ldm.models import load_unet, locate
+from ldm.models import locate
 from ldm.unet import denoise, from_scratch
 
 SD_BLOCK = {

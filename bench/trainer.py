@@ -14,9 +14,10 @@ import torch
 from bench.compare import compare
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache, TrainingBatches
+from ldm.denoiser import load_scheduler_config, load_unet
 from ldm.device import device_of
 from ldm.ema import Ema
-from ldm.models import load_scheduler_config, load_unet, locate
+from ldm.models import locate
 from ldm.objective import Objective
 from ldm.unet import denoise
 

@@ -13,18 +13,12 @@ import numpy as np
 from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whole, writing
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
+from ldm.denoiser import load_unet
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
-from ldm.models import (
-    Source,
-    digest_weights,
-    load_clip,
-    load_unet,
-    locate_clip,
-    starting_model,
-)
+from ldm.models import Source, digest_weights, load_clip, locate_clip, starting_model
 from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description

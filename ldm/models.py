@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from ldm import checkpoint
 from ldm.config import Pretrained
 from ldm.errors import UserError
-from ldm.unet import Network, from_scratch
 
 TINY = "tiny"
 
@@ -70,13 +68,13 @@ def tiny_folder() -> Path:
 
 def load_vae(source: Source) -> AutoencoderKL:
     """The frozen autoencoder, float32, in eval mode."""
-    return _frozen(_load(AutoencoderKL, source, "vae", torch_dtype=torch.float32))
+    return _frozen(load_part(AutoencoderKL, source, "vae", torch_dtype=torch.float32))
 
 
 def load_text_encoder(source: Source) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The frozen text tower, float32, in eval mode, and its tokenizer."""
-    tokenizer = _load(CLIPTokenizer, source, "tokenizer")
-    return tokenizer, _frozen(_load(CLIPTextModel, source, "text_encoder", dtype=torch.float32))
+    tokenizer = load_part(CLIPTokenizer, source, "tokenizer")
+    return tokenizer, _frozen(load_part(CLIPTextModel, source, "text_encoder", dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -93,41 +91,10 @@ def load_encoders(source: Source) -> Encoders:
     return Encoders(load_vae(source), *load_text_encoder(source))
 
 
-def load_unet(source: Source, network: str = "ldm") -> Network:
-    """The UNet, float32, run by our code or by ``diffusers``'."""
-    unet = _load(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
-    return unet if network == "diffusers" else from_scratch(unet)
-
-
-def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
-    """Frozen parts, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
-
-    A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
-    """
-    folder = Path(source.location)
-    if not (folder / checkpoint.STATE).is_file():
-        return load_encoders(source), load_unet(source, network), load_scheduler_config(source)
-    model, weights = checkpoint.averaged(folder)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(model.unet)
-    unet.load_state_dict(weights, assign=True)
-    encoders = load_encoders(locate(model.pipeline, model.revision))
-    return encoders, unet if network == "diffusers" else from_scratch(unet), model.schedule
-
-
-def load_scheduler_config(source: Source) -> dict[str, Any]:
-    """The scheduler's configuration: betas, prediction type, spacing."""
-    config = dict(_load(DDPMScheduler, source, "scheduler").config)
-    # The spacing that a folder leaves open is each sampler's own default, not DDPM's.
-    if "timestep_spacing" in config.pop("_use_default_values", []):
-        del config["timestep_spacing"]
-    return config
-
-
 def load_clip(source: Source) -> tuple[CLIPTokenizer, CLIPModel]:
     """CLIP with both towers, float32, in eval mode, and its tokenizer."""
-    tokenizer = _load(CLIPTokenizer, source, None)
-    return tokenizer, _frozen(_load(CLIPModel, source, None, dtype=torch.float32))
+    tokenizer = load_part(CLIPTokenizer, source, None)
+    return tokenizer, _frozen(load_part(CLIPModel, source, None, dtype=torch.float32))
 
 
 def digest_weights(module: torch.nn.Module) -> str:
@@ -139,7 +106,8 @@ def digest_weights(module: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def _load(kind: Any, source: Source, part: str | None, **options: Any) -> Any:
+def load_part(kind: Any, source: Source, part: str | None, **options: Any) -> Any:
+    """``from_pretrained`` of a class on a part's folder; UserError when there is no such part."""
     where = source.name or source.location
     if part is not None:
         options["subfolder"] = part

@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import Sampling
+from ldm.denoiser import load_model
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
-from ldm.models import Source, load_model
+from ldm.models import Source
 from ldm.schedulers import Sampler, make_sampler
 from ldm.text import tokenize
 from ldm.unet import Network, denoise

@@ -19,18 +19,11 @@ from ldm import checkpoint
 from ldm.artifacts import digest_json, write_whole, writing
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache, TrainingBatches, validation_batches
+from ldm.denoiser import load_scheduler_config, load_unet
 from ldm.device import tune
 from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.models import (
-    Encoders,
-    digest_weights,
-    load_encoders,
-    load_scheduler_config,
-    load_unet,
-    locate,
-    starting_model,
-)
+from ldm.models import Encoders, digest_weights, load_encoders, locate, starting_model
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -68,3 +69,43 @@ def test_the_command_line_is_light() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert not HEAVY & set(loaded)
+
+
+ANYWHERE = {"artifacts", "cli", "config", "device", "errors", "params", "progress", "quiet"}
+ANYWHERE |= {"tracking"}
+"""What no stage's result depends on, or what its parameters cover."""
+
+
+def needed_by(module: str, seen: set[str]) -> set[str]:
+    """The modules of ``ldm`` that a module imports, directly or not; itself included."""
+    seen.add(module)
+    path = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+    for name in imports(path):
+        for found in (name, name.rpartition(".")[0]):
+            place = ROOT / found.replace(".", "/")
+            known = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+            if found.startswith("ldm.") and known and found not in seen:
+                needed_by(found, seen)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [
+        ("ingest", "ldm.ingest.stage"),
+        ("encode", "ldm.encode"),
+        ("train", "ldm.train"),
+        ("evaluate", "ldm.evaluate"),
+    ],
+)
+def test_dvc_knows_the_code_that_makes_each_stage(stage: str, module: str) -> None:
+    """A mended module must not leave old results in place."""
+    listed = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    for name in needed_by(module, set()):
+        parts = name.split(".")
+        if parts[1] in ANYWHERE:
+            continue
+        paths = {"/".join(parts[:depth]) for depth in range(2, len(parts) + 1)}
+        covered = paths & {path.removesuffix(".py") for path in listed}
+        assert covered, f"dvc.yaml: {stage} does not depend on {name}"

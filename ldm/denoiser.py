@@ -1,0 +1,44 @@
+"""The trained part of a model, UNet and noise schedule: from a pipeline or from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from ldm import checkpoint
+from ldm.models import Encoders, Source, load_encoders, load_part, locate
+from ldm.unet import Network, from_scratch
+
+
+def load_unet(source: Source, network: str = "ldm") -> Network:
+    """The UNet, float32, run by our code or by ``diffusers``'."""
+    unet = load_part(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
+    return unet if network == "diffusers" else from_scratch(unet)
+
+
+def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
+    """Frozen parts, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
+
+    A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
+    """
+    folder = Path(source.location)
+    if not (folder / checkpoint.STATE).is_file():
+        return load_encoders(source), load_unet(source, network), load_scheduler_config(source)
+    model, weights = checkpoint.averaged(folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(model.unet)
+    unet.load_state_dict(weights, assign=True)
+    encoders = load_encoders(locate(model.pipeline, model.revision))
+    return encoders, unet if network == "diffusers" else from_scratch(unet), model.schedule
+
+
+def load_scheduler_config(source: Source) -> dict[str, Any]:
+    """The scheduler's configuration: betas, prediction type, spacing."""
+    config = dict(load_part(DDPMScheduler, source, "scheduler").config)
+    # The spacing that a folder leaves open is each sampler's own default, not DDPM's.
+    if "timestep_spacing" in config.pop("_use_default_values", []):
+        del config["timestep_spacing"]
+    return config
