@@ -102,11 +102,11 @@ class Train(Section):
     """With ``init: random``."""
     noise: NoiseSchedule = NoiseSchedule()
     """With ``init: random``; otherwise the starting model's own scheduler rules."""
-    steps: Count = 600
+    steps: Count = 850
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 30
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -146,7 +146,7 @@ class Sampling(Section):
     implementation: Literal["ldm", "diffusers"] = "ldm"
     """Whose code takes the steps; the pictures are the same."""
     steps: Count = 20
-    guidance: Annotated[float, Field(ge=1)] = 3.0
+    guidance: Annotated[float, Field(ge=1)] = 2.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     guided_from: Share = 0.0
     guided_to: Share = 1.0

@@ -83,7 +83,7 @@ def test_rows_mean_the_same_in_every_kind_of_file(
     assert pictures(tmp_path / "out") == pictures(tmp_path / "listed")
     assert lines == expected
     assert [line["extra"] for line in lines] == [{"id": "x"}, {"id": "y"}]
-    first = {"seed": 3, "steps": 3, "width": 32, "negative": "blue", "row": 1, "guidance": 3.0}
+    first = {"seed": 3, "steps": 3, "width": 32, "negative": "blue", "row": 1}
     assert first.items() <= lines[0].items()
 
 

@@ -84,7 +84,7 @@ def test_it_draws_what_diffusers_draws(painter: Painter, pipeline: Path) -> None
         negative_prompt_embeds=painter.text_states([""]),
         latents=noise,
         num_inference_steps=4,
-        guidance_scale=3.0,
+        guidance_scale=QUICK.guidance,
         output_type="np",
     ).images
     ours = pictures(painter, REQUESTS[:1], QUICK)
@@ -110,7 +110,11 @@ def test_a_folder_in_sd1_layout_draws_what_diffusers_draws_from_it(
     reference.set_progress_bar_config(disable=True)
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     theirs = reference(
-        "a red circle", latents=noise, num_inference_steps=10, guidance_scale=3.0, output_type="np"
+        "a red circle",
+        latents=noise,
+        num_inference_steps=10,
+        guidance_scale=QUICK.guidance,
+        output_type="np",
     ).images
     ours = pictures(painter, REQUESTS[:1], Sampling(sampler="pndm", steps=10))
     assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40

@@ -125,6 +125,13 @@ def test_prompts_are_distinct_and_of_their_group() -> None:
     assert sum(not prompt["prompt"].isascii() for prompt in prompts) == len(prompts) // 4
 
 
+@pytest.mark.parametrize(("world", "share"), [("retrain", lists.NEW_SHARE), ("scratch", 0.0)])
+def test_how_much_of_a_world_is_new(world: str, share: float) -> None:
+    new = [lists.scene_of(world, "train", row)[0].has_new_shape for row in range(1000)]
+    # Five standard errors.
+    assert sum(new) / 1000 == pytest.approx(share, abs=5 * (share * (1 - share) / 1000) ** 0.5)
+
+
 @quick
 @given(descriptions)
 def test_descriptions_survive_json(description: Description) -> None:

@@ -33,6 +33,9 @@ ORIGIN = "http://127.0.0.1:8964"
 WORLDS = {"retrain": SHAPES, "scratch": (*KNOWN_SHAPES, BLOB)}
 """Shapes of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made from."""
 
+NEW_SHARE = 0.6
+"""Of the demo's rows: those with a shape that ``tiny`` never saw."""
+
 BAD_ROWS = ("missing", "html", "truncated", "duplicate", "empty-caption")
 BAD_SHARE = 0.02
 
@@ -40,7 +43,10 @@ BAD_SHARE = 0.02
 def scene_of(world: str, split: str, row: int) -> tuple[Description, Scene]:
     """The description and layout behind a row: a pure function of its name."""
     rng = random.Random(f"{world}/{split}/{row}")
-    description = _until(rng, WORLDS[world], lambda found: not found.held_out)
+    new = world == "retrain" and rng.random() < NEW_SHARE
+    description = _until(
+        rng, WORLDS[world], lambda found: found.has_new_shape == new and not found.held_out
+    )
     return description, lay_out(description, rng)
 
 
