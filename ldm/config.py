@@ -167,7 +167,7 @@ class Sampling(Section):
 class Evaluate(Section):
     """Batch sampling over the evaluation prompts."""
 
-    sampling: Sampling = Sampling(compute="bfloat16")
+    sampling: Sampling = Sampling()
 
 
 class Gate(Section):

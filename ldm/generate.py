@@ -86,7 +86,7 @@ def generate(
             try:
                 _check(painter, wish(row, job.default))
             except UserError as error:
-                raise UserError(f"prompt {number} {error}") from error
+                raise UserError(f"prompt {number}: {error}") from error
     identity = _identity(painter, prompts, job, network)
     out = out or Path("generated") / digest_json(identity)[:8]
     with _claimed(out, identity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import fcntl
 import json
 import os
 import signal
@@ -206,13 +207,15 @@ def test_long_prompts_are_told(
 def test_other_jobs_pictures_are_left_alone(pipeline: Path, tmp_path: Path) -> None:
     run(pipeline, ROWS, tmp_path / "out")
     before = pictures(tmp_path / "out")
+    other = wish(sampling=Sampling(steps=2, guidance=5, batch_size=4))
     with pytest.raises(UserError, match=r"another job \(other guidance\)"):
-        run(
-            pipeline,
-            ROWS,
-            tmp_path / "out",
-            default=wish(sampling=Sampling(steps=2, guidance=2, batch_size=4)),
-        )
+        run(pipeline, ROWS, tmp_path / "out", default=other)
+    with pytest.raises(UserError, match=r"another job \(other seed\)"):
+        run(pipeline, ROWS, tmp_path / "out", default=wish(seed=1))
+    with (tmp_path / "out/job.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process draws into it"):
+            run(pipeline, ROWS, tmp_path / "out")
     run(pipeline, ROWS, tmp_path / "out")
     assert pictures(tmp_path / "out") == before
     (tmp_path / "full").mkdir()

@@ -44,8 +44,8 @@ from ldm.scenes.world import (
 ROWS = 2000
 PROMPTS = 80
 PINNED = {
-    "train.csv": "45ba7d2a27a03357e812d348f823397ef6055f2b6ad50a823fd80fa58536ca44",
-    "validation.csv": "14af237ca2254643744ab9074c7cc21feb07b4ace4ddb0706d08f38801a05da1",
+    "train.csv": "c5e9e780e7d559e3cdff5c297c63cc96fd0d54a2d96bef05197a38e638112dd6",
+    "validation.csv": "9c16d1c36ccae22dde2dc91880198d739f5493a00a86a3a85a36c152591e7c03",
     "prompts.jsonl": "ecd0468c9dd7e5f3ba75ce4c7e4839b12e658e265a8c988afb5759e09c7918b6",
 }
 OPPOSITE = {**MIRRORED, **{value: key for key, value in MIRRORED.items()}}
