@@ -121,8 +121,9 @@ class Painter:
             scale = sampling.guidance if guided else 1.0
             with precision(self.device, sampling.compute):
                 output = self._guided(model_input, timestep, positive, negative, scale)
-            noise = self._noise(generators, shape) if sampler.stochastic else None
-            latents = sampler.step(output, call, latents, noise)
+            latents = sampler.step(output, call, latents)
+            if fresh := sampler.noise_scale(call):
+                latents = latents + fresh * self._noise(generators, shape)
             yield latents
 
     def sampler(self, sampling: Sampling) -> Sampler:

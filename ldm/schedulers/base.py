@@ -5,6 +5,7 @@
     for call, timestep in enumerate(sampler.timesteps):
         output = unet(sampler.model_input(latents, call), timestep, states)
         latents = sampler.step(output, call, latents)
+        latents = latents + sampler.noise_scale(call) * fresh_noise
 
 ``schedule`` is a diffusers scheduler configuration. Coefficients are float64 numbers; latents keep
 their dtype. Multistep samplers remember earlier outputs: make a new one for each batch.
@@ -33,8 +34,6 @@ OTHERS = (
 class Sampler(ABC):
     """A reverse process in ``steps`` steps on one noise schedule."""
 
-    stochastic = False
-    """Whether :meth:`step` wants fresh noise, of the latents' shape."""
     start_scale = 1.0
     """Standard deviation of the latents that it starts from."""
     timesteps: list[float]
@@ -62,43 +61,44 @@ class Sampler(ABC):
         return latents
 
     @abstractmethod
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """The latents at the next lower noise level; calls count from 0, in order."""
+
+    def noise_scale(self, call: int) -> float:
+        """Standard deviation of the fresh noise to add after a step: 0 where deterministic."""
+        return 0.0
 
 
 def spaced(
-    schedule: Mapping[str, Any], steps: int, default: str, *, whole: bool = True
+    schedule: Mapping[str, Any],
+    steps: int,
+    default: str,
+    *,
+    whole: bool = True,
+    usable: int | None = None,
 ) -> list[float]:
     """Falling timesteps by ``timestep_spacing`` (arXiv:2305.08891, table 2).
 
     ``linspace`` has both ends, ``leading`` ends at the first timestep (plus ``steps_offset``),
-    ``trailing`` begins at the last. Rounded where ``whole``.
+    ``trailing`` begins at the last. Rounded where ``whole``. Of the schedule's timesteps the first
+    ``usable`` alone, by default all; where fewer than ``steps`` fit below, there are fewer.
+    :class:`UserError` if some would be the same or out of the schedule.
     """
     total = int(schedule["num_train_timesteps"])
+    end = total if usable is None else usable
     spacing = schedule.get("timestep_spacing", default)
     falling: np.ndarray
     if spacing == "linspace":
-        rising = np.linspace(0.0, total - 1, steps)
+        rising = np.linspace(0.0, end - 1, steps)
         falling = (rising.round() if whole else rising)[::-1]
     elif spacing == "leading":
         offset = float(schedule.get("steps_offset", 0))
-        falling = np.arange(steps)[::-1] * (total // steps) + offset
+        falling = np.arange(steps)[::-1] * (end // steps) + offset
     else:
         assert spacing == "trailing", spacing
-        falling = (total - np.arange(steps) * total / steps).round() - 1
-    return falling_timesteps(falling, total)
-
-
-def falling_timesteps(found: np.ndarray, total: int) -> list[float]:
-    """As numbers; :class:`UserError` if some are the same or out of the schedule."""
-    timesteps = [float(t) for t in found]
+        falling = (end - np.arange(steps) * total / steps).round() - 1
+    timesteps = [float(t) for t in falling if t >= 0]
     distinct = len(set(timesteps)) == len(timesteps)
     if not timesteps or not distinct or timesteps[0] > total - 1:
-        raise UserError(f"steps {len(timesteps)}: too many for a schedule of {total}")
+        raise UserError(f"steps {steps}: too many for a schedule of {total}")
     return timesteps

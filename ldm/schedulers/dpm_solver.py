@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from ldm.diffusion import predicted_original
-from ldm.schedulers.base import Sampler, falling_timesteps
+from ldm.schedulers.base import Sampler, spaced
 
 FEW_STEPS = 15
 """Below as many, the last step is of first order even where it does not end at zero noise."""
@@ -33,13 +32,7 @@ class DPMSolverSampler(Sampler):
         self._levels = [*levels, 1.0 if self.to_zero else self.abar[0]]
         self._before: torch.Tensor | None = None
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """First order for the first step and where the end wants it, else second."""
         abar, after = self._levels[call : call + 2]
         original = predicted_original(self.prediction, abar, latents, output)
@@ -58,19 +51,10 @@ class DPMSolverSampler(Sampler):
     def _spaced(self) -> list[float]:
         """As :func:`ldm.schedulers.base.spaced`, but below the clip, and without timestep 0."""
         clip = float(self.schedule.get("lambda_min_clipped", -math.inf))
-        total = sum(half_log_snr(one) >= clip for one in self.abar)
-        spacing, steps = self.schedule.get("timestep_spacing", "linspace"), self.steps
-        falling: np.ndarray
-        if spacing == "linspace":
-            falling = np.linspace(0.0, total - 1, steps + 1).round()[:0:-1]
-        elif spacing == "leading":
-            offset = float(self.schedule.get("steps_offset", 0))
-            falling = np.arange(steps, 0, -1) * (total // (steps + 1)) + offset
-        else:
-            assert spacing == "trailing", spacing
-            falling = (total - np.arange(steps) * self.train_steps / steps).round() - 1
-            falling = falling[falling >= 0]
-        return falling_timesteps(falling, self.train_steps)
+        usable = sum(half_log_snr(one) >= clip for one in self.abar)
+        if self.schedule.get("timestep_spacing") == "trailing":
+            return spaced(self.schedule, self.steps, "trailing", usable=usable)
+        return spaced(self.schedule, self.steps + 1, "linspace", usable=usable)[:-1]
 
 
 def half_log_snr(abar: float) -> float:

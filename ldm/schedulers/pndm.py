@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ldm.diffusion import predicted_noise
 from ldm.errors import UserError
 from ldm.schedulers.base import Sampler, spaced
 
@@ -54,13 +55,7 @@ class PNDMSampler(Sampler):
             self._start_calls = len(begin)
             self.timesteps = [*begin, *falling[START:]]
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """The latents that the next call wants."""
         if call < self._start_calls:
             return self._runge_kutta(output, call, latents)
@@ -97,7 +92,6 @@ class PNDMSampler(Sampler):
     ) -> torch.Tensor:
         """From one level to another along a slope (eq. 11), which is an output of the network."""
         abar, after = self.abar[timestep], self.abar[to] if to >= 0 else self._last
-        if self.prediction == "v_prediction":
-            output = abar**0.5 * output + (1 - abar) ** 0.5 * latents
+        noise = predicted_noise(self.prediction, abar, latents, output)
         scale = abar * (1 - after) ** 0.5 + (abar * (1 - abar) * after) ** 0.5
-        return (after / abar) ** 0.5 * latents - (after - abar) / scale * output
+        return (after / abar) ** 0.5 * latents - (after - abar) / scale * noise

@@ -40,13 +40,7 @@ class ReferenceSampler(Sampler):
         """Diffusers' ``scale_model_input``."""
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """Diffusers' ``step``."""
         timestep = self.scheduler.timesteps[call]
         return self.scheduler.step(output, timestep, latents, return_dict=False)[0]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.polynomial import Polynomial
 
+from ldm.diffusion import predicted_noise
 from ldm.schedulers.base import Sampler, spaced
 
 
@@ -35,23 +36,15 @@ class EulerSampler(Sampler):
         """Latents of variance ``sigma ** 2 + 1`` brought back to unit variance."""
         return latents / (self.sigmas[call] ** 2 + 1) ** 0.5
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """Along the slope to the next sigma."""
         width = self.sigmas[call + 1] - self.sigmas[call]
         return latents + width * self.slope(output, call, latents)
 
     def slope(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """``d latents / d sigma``: the predicted noise (arXiv:2206.00364, eq. 3)."""
-        if self.prediction == "epsilon":
-            return output
-        sigma = self.sigmas[call]
-        return (sigma * latents + (sigma**2 + 1) ** 0.5 * output) / (sigma**2 + 1)
+        abar = 1 / (self.sigmas[call] ** 2 + 1)
+        return predicted_noise(self.prediction, abar, self.model_input(latents, call), output)
 
 
 class LMSSampler(EulerSampler):
@@ -63,13 +56,7 @@ class LMSSampler(EulerSampler):
         super().__init__(schedule, steps)
         self._slopes: list[torch.Tensor] = []
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """With as many slopes as there are, four at most."""
         self._slopes = [*self._slopes[1 - self.order :], self.slope(output, call, latents)]
         known = self.sigmas[call + 1 - len(self._slopes) : call + 1]

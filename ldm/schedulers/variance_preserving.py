@@ -14,31 +14,23 @@ from ldm.schedulers.base import Sampler, spaced
 class DDPMSampler(Sampler):
     """Ancestral sampling with the posterior's own variance (arXiv:2006.11239, eqs. 6 and 7)."""
 
-    stochastic = True
-
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
         self.timesteps = spaced(schedule, steps, "leading")
         self._levels = [*(self.abar[int(t)] for t in self.timesteps), 1.0]
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Draw from the posterior given the predicted original; none is drawn at timestep 0."""
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """The mean of the posterior given the predicted original."""
         abar, after = self._levels[call : call + 2]
         alpha = abar / after
         original = predicted_original(self.prediction, abar, latents, output)
         mean = after**0.5 * (1 - alpha) / (1 - abar) * original
-        mean = mean + alpha**0.5 * (1 - after) / (1 - abar) * latents
-        if self.timesteps[call] == 0:
-            return mean
-        assert noise is not None, "ancestral sampling needs noise"
-        variance = max((1 - after) / (1 - abar) * (1 - alpha), 1e-20)
-        return mean + variance**0.5 * noise
+        return mean + alpha**0.5 * (1 - after) / (1 - abar) * latents
+
+    def noise_scale(self, call: int) -> float:
+        """The posterior's own; none at timestep 0."""
+        abar, after = self._levels[call : call + 2]
+        return ((1 - after) / (1 - abar) * (1 - abar / after)) ** 0.5
 
 
 class DDIMSampler(Sampler):
@@ -49,13 +41,7 @@ class DDIMSampler(Sampler):
         self.timesteps = spaced(schedule, steps, "leading")
         self._last = 1.0 if schedule.get("set_alpha_to_one", True) else self.abar[0]
 
-    def step(
-        self,
-        output: torch.Tensor,
-        call: int,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """Predicted original and predicted noise, mixed as the next level has them."""
         timestep = int(self.timesteps[call])
         before = timestep - self.train_steps // self.steps
