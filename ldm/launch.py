@@ -26,7 +26,7 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
     processes = max(1, int(yaml.safe_load(config.read_text()).get("num_processes", 1)))
     train = params.train.as_dict()
     if params.train.init.startswith("models:/"):
-        from ldm.tracking import pinned
+        from ldm.registered import pinned
 
         train["init"] = pinned(params.train.init)
     request = {

@@ -37,7 +37,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name == TINY:
         return Source(str(tiny_folder()), name=name)
     if name.startswith("models:/"):
-        from ldm.tracking import fetch_model
+        from ldm.registered import fetch_model
 
         return Source(str(fetch_model(name)), name=name)
     return Source(name, revision, name)

@@ -1,6 +1,7 @@
-"""MLflow's side of the registry: connecting, and pipeline folders in and out of it.
+"""MLflow: connecting, versions of a model, runs.
 
-Besides :mod:`ldm.registry`, and :mod:`ldm.serving` that MLflow itself runs, nothing imports mlflow.
+Besides :mod:`ldm.registry`, :mod:`ldm.registered`, and :mod:`ldm.serving` that MLflow itself runs,
+nothing imports mlflow.
 It is imported late: it reads its settings, telemetry among them, while it is imported.
 """
 
@@ -9,20 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from ldm.artifacts import opening
-from ldm.config import Registry
 from ldm.errors import UserError
 from ldm.quiet import quieten
 
@@ -83,7 +78,7 @@ def connect(uri: str) -> MlflowClient:
             client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(
-            f"{uri}: MLflow cannot be reached ({_first_line(error)}); start its server, or change "
+            f"{uri}: MLflow cannot be reached ({first_line(error)}); start its server, or change "
             f"registry.tracking_uri or {TRACKING_URI}"
         ) from error
     return client
@@ -200,88 +195,6 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def fetch_model(uri: str) -> Path:
-    """The pipeline folder of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
-
-    The registry is that of ``MLFLOW_TRACKING_URI``, by default the configuration's. A store on this
-    machine is read in place; from others the folder is fetched once, into ``ldm/models`` of the
-    user's cache. Raises :class:`UserError` when there is no such model or it is damaged.
-    """
-    client, name, version = _version_behind(uri)
-    return _folder_of(client, uri, name, version)
-
-
-def pinned(uri: str) -> str:
-    """``models:/NAME/VERSION`` for ``models:/NAME@ALIAS``: aliases move. Raises as above."""
-    _, name, version = _version_behind(uri)
-    return f"models:/{name}/{version}"
-
-
-def _version_behind(uri: str) -> tuple[MlflowClient, str, str]:
-    at = tracking_uri(Registry().tracking_uri)
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
-    if not match:
-        raise UserError(f"{uri}: is no model; write models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, alias, version = match.groups()
-    database = at.removeprefix("sqlite:///")
-    if database != at and not Path(database).is_file():
-        raise UserError(
-            f"{uri}: {database} does not exist; run `ldm register`, or set {TRACKING_URI}"
-        )
-    client = connect(at)
-    version = version or aliases(client, name).get(alias)
-    if not version:
-        raise UserError(f"{uri}: {at} has no such model; run `ldm register` and `ldm promote`")
-    return client, name, version
-
-
-def _folder_of(client: MlflowClient, uri: str, name: str, version: str) -> Path:
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    try:
-        digest = client.get_model_version(name, version).tags.get(MODEL_DIGEST)
-        store = client.get_model_version_download_uri(name, version).rstrip("/")
-        if digest is None:
-            raise UserError(f"{uri}: was not registered by `ldm register`; name another version")
-        cached = _cache() / digest
-        if cached.is_dir():
-            return _verified(cached, digest, uri)
-        flavor = Model.load(store).flavors["python_function"]
-        source = f"{store}/{flavor['artifacts'][PIPELINE]['path']}"
-        if _is_here(source):
-            # Without a destination MLflow answers with the place itself.
-            return _verified(Path(download_artifacts(artifact_uri=source)), digest, uri)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as aside:
-            fetched = Path(download_artifacts(artifact_uri=source, dst_path=aside))
-            _verified(fetched, digest, uri)
-            if not cached.is_dir():
-                fetched.rename(cached)
-    except (MlflowException, OSError) as error:
-        raise UserError(
-            f"{uri}: cannot be fetched ({_first_line(error)}); register it again"
-        ) from error
-    return cached
-
-
-@lru_cache
-def _verified(folder: Path, digest: str, uri: str) -> Path:
-    """``folder`` if it holds what was registered; read once a process."""
-    if opening(folder, "model", "register").digest != digest:
-        raise UserError(f"{folder}: is not what {uri} was registered with; register it again")
-    return folder
-
-
-def _is_here(uri: str) -> bool:
-    return urlsplit(uri).scheme in ("", "file")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "models"
-
-
 def _absolute(uri: str) -> str:
     path = uri.removeprefix("sqlite:///")
     if path == uri or path == ":memory:":
@@ -301,5 +214,6 @@ def _environment_kept(name: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of MLflow's says, without what follows it."""
     return str(error).strip().partition("\n")[0][:200]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm import __version__, tracking
+from ldm import __version__, registered, tracking
 from ldm.artifacts import opening, writing
 from ldm.config import Evaluate, Gate, Registry, Sampling
 from ldm.errors import UserError
@@ -218,22 +218,22 @@ def test_a_model_is_fetched_once_from_elsewhere(
     config = Registry(model="elsewhere")
     number = version(config, tmp_path, pipeline, "a")
     uri = f"models:/elsewhere/{number}"
-    here = tracking.fetch_model(uri)
-    assert here == tracking.fetch_model("models:/elsewhere@challenger")
-    assert tracking.pinned("models:/elsewhere@challenger") == uri
-    monkeypatch.setattr(tracking, "_is_here", lambda uri: False)
-    fetched = tracking.fetch_model(uri)
+    here = registered.fetch_model(uri)
+    assert here == registered.fetch_model("models:/elsewhere@challenger")
+    assert registered.pinned("models:/elsewhere@challenger") == uri
+    monkeypatch.setattr(registered, "_is_here", lambda uri: False)
+    fetched = registered.fetch_model(uri)
     assert fetched.parent == store / "cache" / "ldm" / "models"
     assert list(fetched.parent.iterdir()) == [fetched]
     assert opening(fetched, "model", "x").digest == opening(here, "model", "x").digest
     shutil.rmtree(fetched)
     (here / "mark").write_text("other")
     with pytest.raises(UserError, match="mark: is not what was written"):
-        tracking.fetch_model(uri)
+        registered.fetch_model(uri)
     assert not list(fetched.parent.iterdir())
     shutil.rmtree(here)
     with pytest.raises(UserError, match="cannot be fetched"):
-        tracking.fetch_model(uri)
+        registered.fetch_model(uri)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_unknown_models_are_named(uri: str, message: str) -> None:
     if not client.search_registered_models("name = 'known'"):
         client.create_registered_model("known")
     with pytest.raises(UserError, match=message) as raised:
-        tracking.fetch_model(uri)
+        registered.fetch_model(uri)
     assert "\n" not in str(raised.value)
 
 
@@ -262,7 +262,7 @@ def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         assert "\n" not in str(raised.value)
     monkeypatch.setenv(tracking.TRACKING_URI, f"sqlite:///{tmp_path}/none.db")
     with pytest.raises(UserError, match=r"none.db does not exist; run `ldm register`"):
-        tracking.fetch_model("models:/ldm@champion")
+        registered.fetch_model("models:/ldm@champion")
     assert not (tmp_path / "none.db").exists()
 
 
