@@ -10,13 +10,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ldm import checkpoint
 from ldm.models import Encoders, Source, load_encoders, load_part, locate
-from ldm.unet import Network, from_scratch
+from ldm.unet import Network, run_by
 
 
 def load_unet(source: Source, network: str = "ldm") -> Network:
     """The UNet, float32, run by our code or by ``diffusers``'."""
     unet = load_part(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
-    return unet if network == "diffusers" else from_scratch(unet)
+    return run_by(network, unet)
 
 
 def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
@@ -32,7 +32,7 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
         unet = UNet2DConditionModel.from_config(model.unet)
     unet.load_state_dict(weights, assign=True)
     encoders = load_encoders(locate(model.pipeline, model.revision))
-    return encoders, unet if network == "diffusers" else from_scratch(unet), model.schedule
+    return encoders, run_by(network, unet), model.schedule
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:

@@ -186,10 +186,13 @@ def _plan(
 ) -> tuple[list[Drawing], list[dict[str, Any]]]:
     """The pictures of some rows, and a line for each row that cannot be drawn."""
     drawings, skipped = [], []
+    fine = set()  # A sampler is made to check its settings: once for each, not for every row.
     for row, content in numbered:
         try:
             asked = wish(content, job.default)
-            _check(painter, asked)
+            if (settings := (asked.sampling, asked.height, asked.width)) not in fine:
+                _check(painter, asked)
+                fine.add(settings)
         except UserError as error:
             skipped.append({"row": row + 1, "skipped": str(error)})
             continue

@@ -21,6 +21,11 @@ def denoise(
     return output if isinstance(output, torch.Tensor) else output.sample
 
 
+def run_by(network: str, unet: UNet2DConditionModel) -> Network:
+    """The same weights run by our code, ``ldm``, or by ``diffusers``'."""
+    return unet if network == "diffusers" else from_scratch(unet)
+
+
 def from_scratch(unet: UNet2DConditionModel) -> UNet:
     """Our network around the very tensors of diffusers'; UserError if it is of another family."""
     with torch.device("meta"):
