@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from ldm.clip_score import embed_pictures, embed_texts
 from ldm.config import ClipTraining
+from ldm.first_stage.rearranged import Rearranger
 from ldm.first_stage.vae import Batches
 from ldm.progress import progress
 from ldm.schedule import cosine_with_warmup
@@ -54,13 +55,17 @@ def train_clip(
     image_size: int,
     device: torch.device,
 ) -> CLIPModel:
-    """Train with the symmetric contrastive loss (CLIP, arXiv:2103.00020, figure 3)."""
+    """Train with the symmetric contrastive loss (CLIP, arXiv:2103.00020, figure 3).
+
+    Pictures also choose against rearranged captions (arXiv:2210.01936, section 4).
+    """
     torch.manual_seed(config.seed)
     clip = build_clip(config, tokenizer, image_size).to(device).train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(clip), lr=config.learning_rate, betas=(0.9, 0.98)
     )
     tokens = tokenize(tokenizer, captions)
+    rearranged = Rearranger(tokens)
     rng = np.random.default_rng(config.seed)
     bar = progress(range(config.steps), "clip", config.steps, "steps")
     for step in bar:
@@ -70,10 +75,13 @@ def train_clip(
         chosen = rng.integers(len(captions), size=config.batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             seen = embed_pictures(clip, pictures(chosen), device)
-            said = embed_texts(clip, tokens[chosen], device)
-        logits = clip.logit_scale.exp().clamp(max=100) * said.float() @ seen.float().T
-        target = torch.arange(len(chosen), device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            wrong = rearranged.some_of_each(tokens[chosen], config.rearranged, rng)
+            texts = torch.cat([tokens[chosen], wrong])
+            said = embed_texts(clip, texts, device)
+        logits = clip.logit_scale.exp().clamp(max=100) * seen.float() @ said.float().T
+        own = torch.arange(len(chosen), device=device)
+        of_texts = F.cross_entropy(logits[:, : len(chosen)].T, own)
+        loss = (F.cross_entropy(logits, own) + of_texts) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
@@ -104,3 +112,27 @@ def retrieval(
     said = embed_texts(clip, tokenize(tokenizer, captions), device)
     best = (seen @ said.T).argmax(dim=1).cpu()
     return float((best == torch.arange(len(best))).float().mean())
+
+
+@torch.no_grad()
+def order_accuracy(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    pixels: np.ndarray,
+    captions: Sequence[str],
+    device: torch.device,
+) -> float | None:
+    """Share of pictures whose own caption scores above all its rearrangements.
+
+    Of those whose caption has any, None where none has. Chance is one in two to four.
+    """
+    tokens = tokenize(tokenizer, captions)
+    rearranged = Rearranger(tokens)
+    right = []
+    for pixel, ids in zip(pixels, tokens, strict=True):
+        wrong = rearranged.all_of(ids)
+        if len(wrong):
+            seen = embed_pictures(clip, pixel[None], device)
+            said = embed_texts(clip, torch.cat([ids[None], wrong]), device)
+            right.append(bool((said @ seen.T).argmax() == 0))
+    return round(float(np.mean(right)), 4) if right else None

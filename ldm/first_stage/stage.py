@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 from ldm.artifacts import opening, write_json, writing
 from ldm.config import FirstStage
 from ldm.device import device_of
-from ldm.first_stage.clip import retrieval, train_clip
+from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import reconstruction_psnr, train_vae
 from ldm.images import decode_image
@@ -34,7 +34,7 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
     """Train on the images artifact's training split, measure on its validation split.
 
     Writes ``vae``, ``text_encoder``, ``tokenizer``, ``clip`` (both towers) and ``measured.json``
-    {vae_psnr_db, clip_retrieval, seconds}.
+    {vae_psnr_db, clip_retrieval, clip_order, seconds}.
     """
     pictures = opening(images, "images", "ingest")
     device = device_of()
@@ -58,6 +58,7 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
         measured = {
             "vae_psnr_db": round(reconstruction_psnr(vae, held_out, device), 2),
             "clip_retrieval": _mean_retrieval(clip, tokenizer, held_out, held_out_captions, device),
+            "clip_order": order_accuracy(clip, tokenizer, held_out, held_out_captions, device),
             "seconds": {
                 "vae": round(between - started),
                 "clip": round(time.monotonic() - between),
