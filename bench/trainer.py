@@ -40,7 +40,10 @@ def loops(latents: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     """The bare loop and the trainer's, each a function that takes ``STEPS`` steps."""
     device = device_of()
     source = locate(Pretrained().pipeline)
-    objective = Objective.of(load_scheduler_config(source), Train().min_snr_gamma)
+    weights = Train()
+    objective = Objective.of(
+        load_scheduler_config(source), weights.min_snr_gamma, weights.snr_floor
+    )
     cache = LatentCache(latents, "train")
     batches = TrainingBatches(
         cache, seed=0, batch_size=BATCH, timesteps=len(objective.levels), caption_dropout=0.1

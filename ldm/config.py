@@ -112,6 +112,11 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
+    """The squared error of ``x_0`` weighs as much as the signal-to-noise ratio, at most this. With
+    null every timestep's error of what the network predicts weighs 1, and there is no floor."""
+    snr_floor: Annotated[float, Field(ge=0)] = 0.5
+    """... and at least this. The noisiest timesteps decide a small picture's layout; 0 leaves them
+    almost no weight, which is plain min-SNR."""
     caption_dropout: Share = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     seed: int = 0
@@ -135,6 +140,15 @@ class Train(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "
                 f"{self.accumulation}: change either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ordered_bounds(self) -> Self:
+        if self.min_snr_gamma is not None and self.snr_floor > self.min_snr_gamma:
+            raise ValueError(
+                f"snr_floor {self.snr_floor} is above min_snr_gamma {self.min_snr_gamma}: "
+                "lower it, or set it to 0"
             )
         return self
 
@@ -164,10 +178,17 @@ class Sampling(Section):
         return self
 
 
+class EvaluationSampling(Sampling):
+    """How evaluation draws: hundreds of pictures, whose share that is right bfloat16 keeps."""
+
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the UNet."""
+
+
 class Evaluate(Section):
     """Batch sampling over the evaluation prompts."""
 
-    sampling: Sampling = Sampling()
+    sampling: EvaluationSampling = EvaluationSampling()
 
 
 class Gate(Section):
@@ -217,10 +238,13 @@ class ClipTraining(Section):
     max_tokens: Count = 40
     vocabulary: Count = 4096
     """Upper bound on the tokens of spaced scripts; every ideograph of the captions is added."""
+    rearranged: Annotated[int, Field(ge=0)] = 3
+    """Captions of the same words that say something else, which a picture has to tell from its own
+    in training; at most as many a caption."""
     seed: int = 0
-    steps: Count = 1500
+    steps: Count = 3000
     warmup_steps: Count = 100
-    batch_size: Count = 192
+    batch_size: Count = 128
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     bf16: bool = True
 

@@ -152,16 +152,20 @@ def predicted_noise(
     return abar**0.5 * output + (1 - abar) ** 0.5 * latents
 
 
-def min_snr_weights(prediction: str, levels: Levels, gamma: float | None) -> torch.Tensor:
+def snr_weights(
+    prediction: str, levels: Levels, gamma: float | None, floor: float = 0.0
+) -> torch.Tensor:
     """Loss weight of each timestep: (T,), all ones when ``gamma`` is None.
 
     Min-SNR (arXiv:2303.09556, section 3.4) wants ``min(snr, gamma)`` on the squared error of
-    ``x_0``. An error of epsilon is one of ``x_0`` times ``spread / signal``; an error of v, and of
-    the flow's slope, is one times ``spread``.
+    ``x_0``; a ``floor`` below it keeps the noisiest timesteps, which decide the layout of a small
+    picture, from counting for nothing (truncated SNR, arXiv:2202.00512, section 4). An error of
+    epsilon is one of ``x_0`` times ``spread / signal``; an error of v, and of the flow's slope, is
+    one times ``spread``.
     """
     if gamma is None:
         return torch.ones_like(levels.signal)
-    on_original = levels.snr.clamp(max=gamma)
+    on_original = levels.snr.clamp(min=floor, max=gamma)
     if prediction == "epsilon":
         return on_original / levels.snr
     return on_original * levels.spread**2

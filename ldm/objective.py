@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data import Batch
-from ldm.diffusion import Levels, add_noise, min_snr_weights, target
+from ldm.diffusion import Levels, add_noise, snr_weights, target
+from ldm.errors import UserError
 from ldm.unet import denoise
 
 
@@ -23,10 +24,15 @@ class Objective:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, schedule: Mapping[str, Any], gamma: float | None) -> Self:
-        """The objective on a diffusers scheduler configuration, with min-SNR ``gamma`` if given."""
+    def of(cls, schedule: Mapping[str, Any], gamma: float | None, floor: float = 0.0) -> Self:
+        """The objective on a diffusers scheduler configuration; weights by :func:`snr_weights`."""
         levels, prediction = Levels.of(schedule), str(schedule["prediction_type"])
-        return cls(prediction, levels, min_snr_weights(prediction, levels, gamma))
+        if floor and prediction == "epsilon":
+            raise UserError(
+                f"train.snr_floor {floor}: the model predicts epsilon, of which the noisiest "
+                "timesteps tell next to nothing about the picture; set train.snr_floor to 0"
+            )
+        return cls(prediction, levels, snr_weights(prediction, levels, gamma, floor))
 
     def loss(self, unet: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Weighted squared error of each sample, mean over its elements: float32 (n,)."""

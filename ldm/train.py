@@ -29,7 +29,7 @@ from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say
 from ldm.run_log import RunLog
 from ldm.schedule import cosine_with_warmup
-from ldm.unet import Network, from_scratch, random_unet, shape_of
+from ldm.unet import Network, random_unet, run_by, shape_of
 
 LOG = "log.jsonl"
 
@@ -57,7 +57,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     )
     if accelerator.is_main_process:
         checkpoint.describe(run, about)
-    objective = Objective.of(schedule, config.min_snr_gamma)
+    objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     unet, ema = _optimize(accelerator, config, objective, cache, held_out, unet, run)
     if accelerator.is_main_process:
         ema.swap(unet)
@@ -100,7 +100,7 @@ def starting_point(
         "prediction_type": config.noise.prediction,
         "timestep_spacing": "trailing",
     }
-    return unet if pretrained.network == "diffusers" else from_scratch(unet), schedule
+    return run_by(pretrained.network, unet), schedule
 
 
 def _check_batch(config: Train, processes: int) -> None:

@@ -16,9 +16,9 @@ from ldm.diffusion import (
     add_noise_once,
     alphas_cumprod,
     betas,
-    min_snr_weights,
     predicted_noise,
     predicted_original,
+    snr_weights,
     target,
 )
 
@@ -131,20 +131,22 @@ def test_the_right_output_gives_picture_and_noise_back(prediction: str) -> None:
         torch.testing.assert_close(predicted_noise(*given), noise[number])
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weights_mean_the_same_for_the_picture(prediction: str) -> None:
-    """The weighted error of an output is ``min(snr, 5)`` times that of the picture it implies."""
+def test_snr_weights_mean_the_same_for_the_picture(prediction: str, floor: float) -> None:
+    """The weighted error of an output is the SNR, kept in bounds, times that of the picture."""
     levels = Levels.of(schedule("scaled_linear", prediction_type=prediction))
-    weights = min_snr_weights(prediction, levels, gamma=5.0)
+    weights = snr_weights(prediction, levels, gamma=5.0, floor=floor)
     inner = slice(0, 999)  # A flow's last level is noise alone: nothing to learn of the picture.
     of_picture = levels.spread if prediction != "epsilon" else levels.spread / levels.signal
-    torch.testing.assert_close((weights / of_picture**2)[inner], levels.snr.clamp(max=5.0)[inner])
+    wanted = levels.snr.clamp(min=floor, max=5.0)
+    torch.testing.assert_close((weights / of_picture**2)[inner], wanted[inner])
     assert float(weights.min()) >= 0
 
 
 def test_no_gamma_weighs_all_alike() -> None:
     levels = Levels.of(schedule("linear"))
-    assert torch.equal(min_snr_weights("epsilon", levels, None), torch.ones(1000).double())
+    assert torch.equal(snr_weights("epsilon", levels, None), torch.ones(1000).double())
 
 
 def test_epsilon_target_is_the_noise() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ldm.config import Evaluate, Pretrained, Sampling, Train
+from ldm.config import Evaluate, EvaluationSampling, Pretrained, Train
 from ldm.denoiser import load_unet
 from ldm.errors import UserError
 from ldm.evaluate import evaluate
@@ -20,7 +20,7 @@ from ldm.sampling import Painter, Request
 from ldm.scenes.lists import prompts
 from ldm.train import train
 
-SAMPLING = Sampling(steps=2, seed=5)
+SAMPLING = EvaluationSampling(steps=2, seed=5)
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ import pytest
 
 from ldm import __version__, registered, tracking
 from ldm.artifacts import opening, writing
-from ldm.config import Evaluate, Gate, Registry, Sampling
+from ldm.config import Evaluate, EvaluationSampling, Gate, Registry
 from ldm.errors import UserError
 from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
 from ldm.registry import promote, register, rollback
 
-SAMPLING = Sampling(sampler="ddim", steps=2, guidance=2.0)
+SAMPLING = EvaluationSampling(sampler="ddim", steps=2, guidance=2.0)
 LOG = [
     {"step": 2, "loss": 0.9, "lr": 1e-3},
     {"step": 4, "loss": 0.7, "lr": 5e-4},

@@ -27,6 +27,7 @@ from ldm.scenes.world import (
     BLOB,
     CANVAS,
     COLOURS,
+    FORMS,
     HELD_OUT_PAIRS,
     HELD_OUT_RELATIONS,
     MIRRORED,
@@ -123,6 +124,15 @@ def test_prompts_are_distinct_and_of_their_group() -> None:
         if prompt["group"] != "heldout":
             assert scene.has_new_shape == (prompt["group"] == "new")
     assert sum(not prompt["prompt"].isascii() for prompt in prompts) == len(prompts) // 4
+
+
+def test_prompt_groups_have_the_same_mix_of_forms() -> None:
+    found = Counter(
+        (prompt["group"], lists.read_description(prompt["scene"]).form)
+        for prompt in lists.prompts(PROMPTS)
+    )
+    for group, form in product(("known", "new", "heldout"), FORMS):
+        assert found[group, form] == pytest.approx(FORMS[form] * PROMPTS, abs=1)
 
 
 @pytest.mark.parametrize(("world", "share"), [("retrain", lists.NEW_SHARE), ("scratch", 0.0)])

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,32 @@ from ldm.artifacts import write_whole
 from ldm.scenes.captions import caption, plain_caption
 from ldm.scenes.world import (
     BLOB,
+    FORMS,
     KNOWN_SHAPES,
     SHAPES,
     Description,
     Kind,
     Scene,
     describe,
+    form_at,
     lay_out,
 )
 
 ORIGIN = "http://127.0.0.1:8964"
 """Where the embedded origin serves; the lists name it."""
 
-WORLDS = {"retrain": SHAPES, "scratch": (*KNOWN_SHAPES, BLOB)}
-"""Shapes of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made from."""
+WORLDS = {
+    "retrain": (SHAPES, FORMS),
+    "scratch": ((*KNOWN_SHAPES, BLOB), {"one": 0.25, "count": 0.20, "relation": 0.55}),
+}
+"""Shapes and forms of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made
+from. Which colour goes with which shape, and which stands where, takes the longest to learn."""
 
 NEW_SHARE = 0.6
 """Of the demo's rows: those with a shape that ``tiny`` never saw."""
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it fill [0, 1) evenly."""
 
 BAD_ROWS = ("missing", "html", "truncated", "duplicate", "empty-caption")
 BAD_SHARE = 0.02
@@ -45,7 +54,7 @@ def scene_of(world: str, split: str, row: int) -> tuple[Description, Scene]:
     rng = random.Random(f"{world}/{split}/{row}")
     new = world == "retrain" and rng.random() < NEW_SHARE
     description = _until(
-        rng, WORLDS[world], lambda found: found.has_new_shape == new and not found.held_out
+        lambda found: found.has_new_shape == new and not found.held_out, rng, *WORLDS[world]
     )
     return description, lay_out(description, rng)
 
@@ -90,7 +99,8 @@ def _rows(world: str, split: str, count: int) -> Iterator[tuple[str, str]]:
 def prompts(per_group: int) -> list[dict[str, Any]]:
     """The evaluation prompts: distinct, ``per_group`` each ``known``, ``new`` and ``heldout``.
 
-    A quarter is Chinese. ``heldout`` prompts name a held-out pair or relation, of known and new
+    Each group has the world's own mix of ``FORMS``, so that its figures compare with the others'. A
+    quarter is Chinese. ``heldout`` prompts name a held-out pair or relation, of known and new
     shapes alike; the others name none. Each carries its description for the scene reader.
     """
     groups: dict[str, tuple[tuple[str, ...], Callable[[Description], bool]]] = {
@@ -103,7 +113,8 @@ def prompts(per_group: int) -> list[dict[str, Any]]:
         rng = random.Random(f"prompts/{group}")
         seen: set[Description] = set()
         while len(seen) < per_group:
-            description = _until(rng, shapes, wanted)
+            form = form_at(len(seen) * GOLDEN % 1, FORMS)
+            description = _until(lambda one: one.form == form and wanted(one), rng, shapes)  # noqa: B023
             if description in seen:
                 continue
             chinese = len(seen) % 4 == 3
@@ -126,9 +137,12 @@ def read_description(value: dict[str, Any]) -> Description:
 
 
 def _until(
-    rng: random.Random, shapes: tuple[str, ...], wanted: Callable[[Description], bool]
+    wanted: Callable[[Description], bool],
+    rng: random.Random,
+    shapes: tuple[str, ...],
+    forms: Mapping[str, float] = FORMS,
 ) -> Description:
     while True:
-        description = describe(rng, shapes)
+        description = describe(rng, shapes, forms)
         if wanted(description):
             return description

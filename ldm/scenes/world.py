@@ -7,7 +7,9 @@ stands. Descriptions are drawn from a random generator, scenes from a descriptio
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 CANVAS = 64
 """Side of the square picture, in pixels."""
@@ -42,6 +44,9 @@ SHARED_RADIUS = (9.0, 11.0)
 
 RELATIONS = ("left of", "right of", "above", "below")
 MIRRORED = {"right of": "left of", "below": "above"}
+
+FORMS = {"one": 0.40, "count": 0.27, "relation": 0.33}
+"""What descriptions are about, and how often: one object, two or three alike, two related."""
 
 HELD_OUT_PAIRS = frozenset(
     {
@@ -97,6 +102,13 @@ class Description:
         return (self.first,) if self.second is None else (self.first, self.second)
 
     @property
+    def form(self) -> str:
+        """Which of ``FORMS`` it is."""
+        if self.second is not None:
+            return "relation"
+        return "count" if self.count > 1 else "one"
+
+    @property
     def has_new_shape(self) -> bool:
         """Whether it asks for a shape that ``tiny`` never saw."""
         return any(kind.shape in NEW_SHAPES for kind in self.kinds)
@@ -141,22 +153,30 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def describe(rng: random.Random, shapes: tuple[str, ...]) -> Description:
-    """Draw a description over ``shapes``: 40 % one object, 27 % counts, 33 % relations.
+def describe(
+    rng: random.Random, shapes: tuple[str, ...], forms: Mapping[str, float] = FORMS
+) -> Description:
+    """Draw a description over ``shapes``, of forms in these shares.
 
     Held-out combinations are among the draws; the caller keeps or drops them.
     """
     background = rng.choice(tuple(BACKGROUNDS))
     first = Kind(rng.choice(shapes), rng.choice(tuple(COLOURS)))
-    form = rng.random()
-    if form < 0.40:
+    form = form_at(rng.random(), forms)
+    if form == "one":
         return Description(background, first, size=rng.choice((None, *SIZES)))
-    if form < 0.67:
+    if form == "count":
         return Description(background, first, count=rng.choice((2, 3)))
     second = first
     while second == first:
         second = Kind(rng.choice(shapes), rng.choice(tuple(COLOURS)))
     return Description(background, first, relation=rng.choice(RELATIONS), second=second)
+
+
+def form_at(point: float, forms: Mapping[str, float]) -> str:
+    """The form at a point in [0, 1) of the shares laid end to end."""
+    ends = accumulate(forms.values())
+    return next((form for form, end in zip(forms, ends, strict=True) if point < end), "relation")
 
 
 def lay_out(description: Description, rng: random.Random) -> Scene:
