@@ -39,22 +39,17 @@ def run(title: str, theirs: Any, batch: int, tokens: int, device: torch.device) 
     steps = 8 if batch > 1 else 2
     ours = from_scratch(theirs)
     networks = [network.to(device).train() for network in (theirs, ours)]
-    first, second = (stepper(one, batch, tokens, steps, device) for one in networks)
+    states = torch.randn(batch, tokens, theirs.config.cross_attention_dim, device=device)
+    first, second = (stepper(one, states, steps) for one in networks)
     name = f"training step, {title}: steps a second"
     compare(name, ("diffusers", first), ("ours", second), steps, rounds=5)
 
 
-def stepper(
-    unet: Any, batch: int, tokens: int, steps: int, device: torch.device
-) -> Callable[[], None]:
+def stepper(unet: Any, states: torch.Tensor, steps: int) -> Callable[[], None]:
     """Forward, backward and AdamW on one fixed batch, ``steps`` times."""
-    config = unet.config
-    side, width = config.sample_size, getattr(config, "text_width", None)
-    width = width or config.cross_attention_dim
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, config.in_channels, side, side, generator=generator).to(device)
-    states = torch.randn(batch, tokens, width, generator=generator).to(device)
-    timesteps = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+    batch, side, device = len(states), unet.config.sample_size, states.device
+    latents = torch.randn(batch, unet.config.in_channels, side, side, device=device)
+    timesteps = torch.randint(0, 1000, (batch,), device=device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
 
     def step() -> None:
