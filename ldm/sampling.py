@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -79,20 +80,8 @@ class Painter:
         """
         for start in range(0, len(requests), sampling.batch_size):
             batch = requests[start : start + sampling.batch_size]
-            yield from to_pixels(self.decode(self.latents(batch, sampling, height, width)))
-
-    @torch.inference_mode()
-    def latents(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
-        """Scaled latents of shape (n, c, h, w), denoised in ``sampling.steps`` steps."""
-        for latents in self.trajectory(requests, sampling, height, width):
-            last = latents
-        return last
+            latents = deque(self.trajectory(batch, sampling, height, width), maxlen=1).pop()
+            yield from to_pixels(self.decode(latents))
 
     @torch.inference_mode()
     def trajectory(
@@ -103,6 +92,8 @@ class Painter:
         width: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the noise that sampling starts from, then the latents after each step.
+
+        Scaled latents, float32 (n, c, h, w).
 
         Guidance is classifier-free (arXiv:2207.12598): towards the prompt, away from the negative,
         within an interval of noise levels (arXiv:2404.07724).

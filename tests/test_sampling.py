@@ -54,7 +54,7 @@ def test_seed_prompt_negative_and_guidance_matter(painter: Painter) -> None:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_every_sampler_gives_finite_latents(painter: Painter, sampler: str) -> None:
     sampling = Sampling(sampler=sampler, steps=5)  # type: ignore[arg-type]
-    latents = painter.latents(REQUESTS, sampling)
+    *_, latents = painter.trajectory(REQUESTS, sampling)
     assert latents.shape == (3, 4, 8, 8) and torch.isfinite(latents).all()
 
 
