@@ -45,9 +45,9 @@ from ldm.scenes.world import (
 ROWS = 2000
 PROMPTS = 80
 PINNED = {
-    "train.csv": "c5e9e780e7d559e3cdff5c297c63cc96fd0d54a2d96bef05197a38e638112dd6",
-    "validation.csv": "9c16d1c36ccae22dde2dc91880198d739f5493a00a86a3a85a36c152591e7c03",
-    "prompts.jsonl": "ecd0468c9dd7e5f3ba75ce4c7e4839b12e658e265a8c988afb5759e09c7918b6",
+    "train.csv": "d4e6b420ba9fbb2318b58f82f95d3db2acae3e2d66e02404c5d8919ef17db4bc",
+    "validation.csv": "82f726b3fae0954aa307d9c1434694e25a42c5608984c80b19597b8c43daed89",
+    "prompts.jsonl": "a4c8d72cd2042509234b72576c5f4901ec7af168bd58fb98aa171cdd9c66fc7f",
 }
 OPPOSITE = {**MIRRORED, **{value: key for key, value in MIRRORED.items()}}
 

@@ -39,7 +39,7 @@ WORLDS = {
 """Shapes and forms of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made
 from. Which colour goes with which shape, and which stands where, takes the longest to learn."""
 
-NEW_SHARE = 0.6
+NEW_SHARE = 0.5
 """Of the demo's rows: those with a shape that ``tiny`` never saw."""
 
 GOLDEN = (5**0.5 - 1) / 2
