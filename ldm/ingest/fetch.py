@@ -110,9 +110,13 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
         "number_sample_per_shard": job.shard_rows,
         "processes_count": min(config.processes, job.shards),
         "thread_count": config.threads,
-        "timeout": config.timeout_s,
-        "retries": config.retries,
-        "user_agent_token": "ldm",
+        "guard": {
+            "agent": config.user_agent,
+            "allowed": config.allow_addresses,
+            "timeout_s": config.timeout_s,
+            "max_bytes": config.max_bytes,
+            "retries": config.retries,
+        },
         "enable_wandb": False,
     }
 
@@ -120,11 +124,9 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
 @contextmanager
 def _running(settings: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """img2dataset with its workers, in a session of their own that ends with the block."""
-    local = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost")))
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "no_proxy": local,
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "OMP_NUM_THREADS": "1",
