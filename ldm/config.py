@@ -51,12 +51,39 @@ class Ingest(Section):
     """The name that sites know us by; ``X-Robots-Tag`` directives to it, or to all, are obeyed."""
     max_bytes: Count = 33_554_432
     """Of a picture's file."""
+    formats: tuple[Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"], ...] = (
+        "jpeg",
+        "png",
+        "webp",
+        "gif",
+    )
+    """Of a picture's file, by its bytes."""
+    max_pixels: Count = 64_000_000
+    """Of a picture; larger ones are not decoded (64 megapixels are 192 MB)."""
+    min_side: Count = 64
+    """Of a picture, in pixels: smaller ones would be blown up."""
+    max_aspect: Annotated[float, Field(ge=1)] = 4.0
+    """Longer over shorter side: a centre crop of a narrower one shows next to nothing of it."""
+    background: str = "white"
+    """What shows through clear pictures: a name, or #rrggbb."""
+    animations: Literal["first", "skip"] = "first"
+    """Their first frame, or none."""
+    max_caption: Count = 1000
+    """Characters; longer captions are cut."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True
     """Serve the embedded scenes on loopback while downloading."""
     min_yield: Share = 0.5
     """Fail when less than this share of a list's rows is kept."""
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(value)  # Says itself what is wrong.
+        return value
 
     @field_validator("allow_addresses")
     @classmethod

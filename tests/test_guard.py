@@ -19,7 +19,7 @@ from ldm.ingest import addresses, guard
 from ldm.ingest.addresses import is_open, resolved
 from ldm.ingest.guard import Guard
 from ldm.ingest.optout import opted_out
-from ldm.ingest.pictures import RefusedError
+from ldm.ingest.reasons import RefusedError
 
 LOOPBACK = ("127.0.0.1/32",)
 RULES = Guard("ldm", LOOPBACK, timeout_s=1.0, max_bytes=100_000, retries=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
-from ldm.ingest.pictures import RefusedError
+from ldm.ingest.reasons import RefusedError
 
 Resolve = Callable[..., Sequence[tuple[Any, ...]]]
 """As :func:`socket.getaddrinfo`."""

@@ -16,7 +16,8 @@ from typing import Any
 def main() -> None:
     """Read one line of JSON, the arguments of ``img2dataset.download``, and run it.
 
-    ``guard`` among them are the fields of :class:`ldm.ingest.guard.Guard`, which fetches instead.
+    Among them are the fields of two of ours: ``guard``, the :class:`ldm.ingest.guard.Guard` that
+    fetches instead, and ``rules``, the :class:`ldm.ingest.pictures.Rules` of what is taken.
 
     Standard input stays open as the sign that the parent lives.
     """
@@ -26,7 +27,9 @@ def main() -> None:
     guard = importlib.import_module("ldm.ingest.guard").Guard(**settings.pop("guard"))
     downloader = importlib.import_module("ldm.ingest.downloader").GuardedDownloader
     img2dataset.Downloader = partial(downloader, guard=guard)
-    img2dataset.Resizer = importlib.import_module("ldm.ingest.resizer").CheckedResizer
+    rules = importlib.import_module("ldm.ingest.pictures").Rules(**settings.pop("rules"))
+    resizer = importlib.import_module("ldm.ingest.resizer").CheckedResizer
+    img2dataset.Resizer = partial(resizer, rules=rules)
     img2dataset.download(**settings)
 
 

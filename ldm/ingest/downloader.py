@@ -11,8 +11,7 @@ from typing import Any
 from img2dataset import downloader
 
 from ldm.ingest.guard import Guard
-from ldm.ingest.pictures import RefusedError
-from ldm.ingest.reasons import as_message
+from ldm.ingest.reasons import RefusedError, as_message
 
 
 class GuardedDownloader(downloader.Downloader):

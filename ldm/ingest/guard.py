@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 
 from ldm.ingest.addresses import resolved
 from ldm.ingest.optout import opted_out
-from ldm.ingest.pictures import RefusedError
+from ldm.ingest.reasons import RefusedError
 from ldm.ingest.rows import ascii_url
 
 REDIRECTS = (301, 302, 303, 307, 308)

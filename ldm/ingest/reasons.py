@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ldm.ingest.pictures import RefusedError
+
+class RefusedError(Exception):
+    """A row that will not become a sample: the reason in plain words, then particulars."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
 
 _REFUSED = "refused: "
 _SEPARATOR = " | "
