@@ -255,7 +255,9 @@ def test_pictures_of_other_forms_become_square_8_bit_rgb(
 def test_manifest_names_lists_and_settings_that_decide_the_bytes(
     lists: Path, manifest: Manifest
 ) -> None:
-    assert manifest.config == {"image_size": 64, "image_format": "png", "samples_per_shard": 10}
+    how = {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "quality"}
+    assert manifest.config.keys() == CONFIG.as_dict().keys() - how
+    assert manifest.config["image_size"] == 64
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in lists.iterdir()}
     assert manifest.inputs == digests
     assert "train-00002.tar" in manifest.files
