@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -41,13 +42,55 @@ class Ingest(Section):
     """For jpg and webp: quality. For png it is not used; compression is always 6."""
     samples_per_shard: Count = 1000
     timeout_s: Count = 10
+    """For a whole try: name, connection, redirects and body."""
     retries: Annotated[int, Field(ge=0)] = 1
+    """Further tries after what may pass: time-outs, lost connections, http 429 and 5xx."""
+    allow_addresses: tuple[str, ...] = ("127.0.0.1/32",)
+    """Networks (CIDR) that may be asked although not public; the embedded scenes' is one."""
+    user_agent: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "ldm"
+    """The name that sites know us by; ``X-Robots-Tag`` directives to it, or to all, are obeyed."""
+    max_bytes: Count = 33_554_432
+    """Of a picture's file."""
+    formats: tuple[Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"], ...] = (
+        "jpeg",
+        "png",
+        "webp",
+        "gif",
+    )
+    """Of a picture's file, by its bytes."""
+    max_pixels: Count = 64_000_000
+    """Of a picture; larger ones are not decoded (64 megapixels are 192 MB)."""
+    min_side: Count = 64
+    """Of a picture, in pixels: smaller ones would be blown up."""
+    max_aspect: Annotated[float, Field(ge=1)] = 4.0
+    """Longer over shorter side: a centre crop of a narrower one shows next to nothing of it."""
+    background: str = "white"
+    """What shows through clear pictures: a name, or #rrggbb."""
+    animations: Literal["first", "skip"] = "first"
+    """Their first frame, or none."""
+    max_caption: Count = 1000
+    """Characters; longer captions are cut."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True
     """Serve the embedded scenes on loopback while downloading."""
     min_yield: Share = 0.5
     """Fail when less than this share of a list's rows is kept."""
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(value)  # Says itself what is wrong.
+        return value
+
+    @field_validator("allow_addresses")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            ip_network(one)  # Says itself what is wrong.
+        return value
 
 
 class Pretrained(Section):

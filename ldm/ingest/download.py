@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,20 @@ from typing import Any
 def main() -> None:
     """Read one line of JSON, the arguments of ``img2dataset.download``, and run it.
 
+    Among them are the fields of two of ours: ``guard``, the :class:`ldm.ingest.guard.Guard` that
+    fetches instead, and ``rules``, the :class:`ldm.ingest.pictures.Rules` of what is taken.
+
     Standard input stays open as the sign that the parent lives.
     """
     settings = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     img2dataset: Any = importlib.import_module("img2dataset.main")
-    img2dataset.Resizer = importlib.import_module("ldm.ingest.resizer").CheckedResizer
+    guard = importlib.import_module("ldm.ingest.guard").Guard(**settings.pop("guard"))
+    downloader = importlib.import_module("ldm.ingest.downloader").GuardedDownloader
+    img2dataset.Downloader = partial(downloader, guard=guard)
+    rules = importlib.import_module("ldm.ingest.pictures").Rules(**settings.pop("rules"))
+    resizer = importlib.import_module("ldm.ingest.resizer").CheckedResizer
+    img2dataset.Resizer = partial(resizer, rules=rules)
     img2dataset.download(**settings)
 
 

@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config import Ingest
 from ldm.errors import UserError
+from ldm.ingest.guard import Guard
+from ldm.ingest.pictures import Rules
 from ldm.ingest.rows import Row, ascii_url
 from ldm.progress import progress
 
@@ -110,21 +112,41 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
         "number_sample_per_shard": job.shard_rows,
         "processes_count": min(config.processes, job.shards),
         "thread_count": config.threads,
-        "timeout": config.timeout_s,
-        "retries": config.retries,
-        "user_agent_token": "ldm",
+        "guard": asdict(guard_of(config)),
+        "rules": asdict(rules_of(config)),
         "enable_wandb": False,
     }
+
+
+def guard_of(config: Ingest) -> Guard:
+    """The rules of the downloads."""
+    return Guard(
+        config.user_agent,
+        config.allow_addresses,
+        config.timeout_s,
+        config.max_bytes,
+        config.retries,
+    )
+
+
+def rules_of(config: Ingest) -> Rules:
+    """The rules of the pictures."""
+    return Rules(
+        tuple(name.upper() for name in config.formats),
+        config.max_pixels,
+        config.min_side,
+        config.max_aspect,
+        config.background,
+        config.animations,
+    )
 
 
 @contextmanager
 def _running(settings: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """img2dataset with its workers, in a session of their own that ends with the block."""
-    local = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost")))
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "no_proxy": local,
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "OMP_NUM_THREADS": "1",

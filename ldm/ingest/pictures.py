@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-MAX_PIXELS = 64_000_000
-"""Larger pictures are not decoded: 64 megapixels are 192 MB."""
+from ldm.ingest.reasons import RefusedError
 
 ORIENTATION = 0x0112
 PNG_BIT_DEPTH = 24
@@ -34,34 +35,46 @@ _DAMAGE = (
 """What Pillow's decoders raise on bytes that are not a whole picture."""
 
 
-class RefusedError(Exception):
-    """A picture that will not become a sample: the reason in plain words, then particulars."""
+@dataclass(frozen=True)
+class Rules:
+    """Which pictures become samples, and how."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    formats: tuple[str, ...]
+    """Pillow's names; the bytes tell, not the URL."""
+    max_pixels: int
+    """Larger ones are not decoded."""
+    min_side: int
+    """In pixels: smaller ones would be blown up."""
+    max_aspect: float
+    """Longer over shorter side; of more extreme ones a centre crop shows next to nothing."""
+    background: str
+    """What shows where a picture is clear: a colour as Pillow knows them."""
+    animations: str
+    """``first`` frame, or ``skip``."""
 
 
-def plain(content: bytes) -> bytes:
-    """The picture's bytes as they are, or as PNG where it is not upright, opaque, 8-bit RGB.
+def plain(content: bytes, rules: Rules) -> bytes:
+    """The picture's bytes as they are, or as PNG where it is not upright, opaque, 8-bit sRGB.
 
-    Raises :class:`RefusedError` when it does not decode to the end or has too many pixels.
+    Raises :class:`RefusedError` when it does not decode to the end or is against the rules.
     """
-    image = _decode(content)
+    image = _decode(content, rules)
     deep = image.format == "PNG" and content[PNG_BIT_DEPTH] > 8
     turned = image.getexif().get(ORIENTATION, 1) != 1
     clear = image.has_transparency_data
-    if image.mode == "RGB" and image.format in PLAIN_FORMATS and not (deep or turned or clear):
+    profile = _profile(image)
+    handy = image.mode == "RGB" and image.format in PLAIN_FORMATS
+    if handy and not (deep or turned or clear or profile):
         return content
     upright = ImageOps.exif_transpose(image)
     buffer = io.BytesIO()
-    _as_rgb(upright).save(buffer, "PNG", compress_level=1)
+    _as_rgb(upright, profile, rules.background).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def check(content: bytes, image_format: str, side: int) -> None:
     """Raise :class:`RefusedError` unless this is whole, RGB, of that format and side in pixels."""
-    image = _decode(content)
+    image = _opened(content, None)
     expected = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format]
     if (image.format, image.mode, image.size) != (expected, "RGB", (side, side)):
         width, height = image.size
@@ -89,11 +102,19 @@ def diagnose(content: bytes) -> RefusedError:
     return RefusedError("truncated", f"ends early, after {len(content)} bytes")
 
 
-def _decode(content: bytes) -> Image.Image:
+def _decode(content: bytes, rules: Rules) -> Image.Image:
+    image = _opened(content, rules)
+    if rules.animations == "skip" and getattr(image, "n_frames", 1) > 1:
+        raise RefusedError("animation", f"{image.n_frames} frames")
+    return image
+
+
+def _opened(content: bytes, rules: Rules | None) -> Image.Image:
+    """Decoded to the end; what the header says is held against the rules before."""
     try:
         image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise RefusedError("too many pixels", f"{image.width}x{image.height}")
+        if rules:
+            _check_header(image, rules)
         image.load()
     except Image.DecompressionBombError as error:
         raise RefusedError("too many pixels") from error
@@ -102,13 +123,50 @@ def _decode(content: bytes) -> Image.Image:
     return image
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Onto white where it is clear; 16-bit greys keep their high byte."""
+def _check_header(image: Image.Image, rules: Rules) -> None:
+    size = f"{image.width}x{image.height}"
+    short, long = sorted(image.size)
+    if image.format not in rules.formats:
+        raise RefusedError("format not allowed", f"{image.format}")
+    if image.width * image.height > rules.max_pixels:
+        raise RefusedError("too many pixels", size)
+    if short < rules.min_side:
+        raise RefusedError("too small", size)
+    if long > rules.max_aspect * short:
+        raise RefusedError("too narrow", size)
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The embedded colour profile, if it is usable and not sRGB's own."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        name = ImageCms.getProfileDescription(profile)
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    return None if "sRGB" in name else profile
+
+
+def _as_rgb(
+    image: Image.Image, profile: ImageCms.ImageCmsProfile | None, background: str
+) -> Image.Image:
+    """Onto the background where it is clear; of 16-bit greys the high byte; colours as sRGB's."""
     if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, opaque).convert("RGB")
-    if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        clear = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), clear)
+    elif image.mode.startswith("I"):
+        deep = np.clip(np.asarray(image).astype(np.int64), 0, 2**16 - 1)
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    elif profile is not None:
+        try:
+            return ImageCms.profileToProfile(image, profile, _srgb(), outputMode="RGB") or image
+        except ImageCms.PyCMSError:
+            pass  # A profile of another kind of colour than the pixels': their plain values hold.
     return image.convert("RGB")
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

@@ -1,36 +1,22 @@
-"""img2dataset's error messages to reasons in plain words."""
+"""Reasons in plain words, through img2dataset's error messages and back."""
 
 from __future__ import annotations
 
-import re
 
-from ldm.ingest.pictures import RefusedError
+class RefusedError(Exception):
+    """A row that will not become a sample: the reason in plain words, then particulars."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
 
 _REFUSED = "refused: "
 _SEPARATOR = " | "
 
-_HTTP = re.compile(r"HTTP Error (\d{3})")
-_KNOWN = (
-    ("timed out", "timeout"),
-    ("timeout", "timeout"),
-    ("X-Robots-Tag", "not allowed by its site"),
-    ("IncompleteRead", "truncated"),
-    ("Name or service not known", "unreachable"),
-    ("name resolution", "unreachable"),
-    ("nodename nor servname", "unreachable"),
-    ("No address associated", "unreachable"),
-    ("Connection refused", "unreachable"),
-    ("No route to host", "unreachable"),
-    ("Network is unreachable", "unreachable"),
-    ("Connection reset", "connection lost"),
-    ("closed connection", "connection lost"),
-    ("CERTIFICATE", "bad certificate"),
-    ("SSL", "bad certificate"),
-    ("unknown url type", "bad url"),
-)
-"""The first that the message contains decides."""
 
 REMEDIES = {
+    "closed address": "name its network in ingest.allow_addresses if it is yours",
     "unreachable": "check the network and that the pictures' server is up (for the embedded "
     "scenes: ingest.serve_scenes=true)",
     "connection lost": "check the pictures' server, or ask it less at once (ingest.threads)",
@@ -53,9 +39,4 @@ def read_message(message: str) -> tuple[str, str]:
     if message.startswith(_REFUSED):
         reason, _, detail = message.removeprefix(_REFUSED).partition(_SEPARATOR)
         return reason, detail
-    if code := _HTTP.match(message):
-        return f"http {code[1]}", message.partition(": ")[2]
-    for words, reason in _KNOWN:
-        if words in message:
-            return reason, message.removeprefix("<urlopen error ").removesuffix(">")
     return "download failed", message

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ldm.config import Ingest
 from ldm.ingest.fetch import POSITION
-from ldm.ingest.pictures import RefusedError, check
-from ldm.ingest.reasons import read_message
+from ldm.ingest.pictures import check
+from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
 

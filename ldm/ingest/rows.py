@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from ldm.errors import UserError
+from ldm.ingest.captions import cleaned
 
 COLUMNS = ("url", "caption")
 
@@ -33,8 +34,10 @@ class Skip:
     detail: str = ""
 
 
-def read_list(path: Path, split: str) -> list[Row]:
+def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
     """Read a CSV file with the columns ``url`` and ``caption``; more columns are left alone.
+
+    Captions come :func:`cleaned`.
 
     Raises :class:`UserError` when the file is missing, not UTF-8, not CSV, lacks a column or has
     no rows.
@@ -54,7 +57,12 @@ def read_list(path: Path, split: str) -> list[Row]:
                     f"url and caption (names {found})"
                 )
         rows = [
-            Row(split, number, (line["url"] or "").strip(), line["caption"] or "")
+            Row(
+                split,
+                number,
+                (line["url"] or "").strip(),
+                cleaned(line["caption"] or "", max_caption),
+            )
             for number, line in enumerate(table)
         ]
     except UnicodeDecodeError as error:

@@ -37,7 +37,7 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
     """
     paths = {split: data / f"{split}.csv" for split in SPLITS}
-    rows = {split: read_list(path, split) for split, path in paths.items()}
+    rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
     sizes = {split: len(rows[split]) for split in SPLITS}
     inputs = {path.name: digest_file(path) for path in paths.values()}
     sorted_out = [sort_out(rows[split]) for split in SPLITS]

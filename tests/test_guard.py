@@ -1,0 +1,347 @@
+"""The guarded fetch against hostile origins on loopback.
+
+Nothing here leaves the machine: 127.0.0.1 is on the allow-list; 127.0.0.2 and ::1 stand for every
+closed address. Addresses elsewhere are tried on the check alone, or with a trapped connect.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from ldm.ingest import addresses, guard
+from ldm.ingest.addresses import is_open, resolved
+from ldm.ingest.guard import Guard
+from ldm.ingest.optout import opted_out
+from ldm.ingest.reasons import RefusedError
+
+LOOPBACK = ("127.0.0.1/32",)
+RULES = Guard("ldm", LOOPBACK, timeout_s=1.0, max_bytes=100_000, retries=0)
+PICTURE = bytes(range(256)) * 20
+
+
+def drip(handler: BaseHTTPRequestHandler, piece: bytes) -> None:
+    """A little every now and then, until the other side has had enough."""
+    try:
+        while True:
+            handler.wfile.write(piece)
+            time.sleep(0.05)
+    except OSError:
+        pass
+
+
+def flood(handler: BaseHTTPRequestHandler) -> None:
+    try:
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+    except OSError:
+        pass
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Each path is a trick; ``/to?URL`` redirects."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.close_connection = True
+        path, _, rest = self.path.partition("?")
+        if path == "/to":
+            self.head(302, Location=rest)
+        elif path == "/loop":
+            self.head(302, Location="/loop")
+        elif path == "/endless-redirect":
+            self.head(302, Location="/picture")
+            flood(self)
+        elif path == "/endless":
+            self.head(200)
+            flood(self)
+        elif path == "/large":
+            self.head(200, Content_Length=str(10**12))
+            flood(self)
+        elif path == "/drip":
+            self.head(200)
+            drip(self, b"x")
+        elif path == "/drip-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-A: ")
+            drip(self, b"y")
+        elif path == "/continue":
+            drip(self, b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif path == "/many-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 500 + b"\r\n")
+        elif path == "/cut":
+            self.head(200, Content_Length=str(len(PICTURE) + 1))
+            self.wfile.write(PICTURE)
+        elif path == "/cut-chunk":
+            self.head(200, Transfer_Encoding="chunked")
+            self.wfile.write(b"100\r\n" + bytes(10))
+        elif path == "/chunks":
+            self.head(200, Transfer_Encoding="chunked")
+            self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(PICTURE), PICTURE))
+        elif path == "/garbage":
+            self.wfile.write(b"\x00\xff" * 100 + b"\r\n")
+        elif path == "/mute":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif path == "/missing":
+            self.head(404)
+        elif path == "/moody":
+            if self.server.asked.count(self.path) % 2:  # type: ignore[attr-defined]
+                self.head(503)
+            else:
+                self.picture()
+        elif path == "/robots":
+            self.picture(X_Robots_Tag="googlebot: noindex, LDM: noimageai")
+        else:
+            self.picture()
+
+    def picture(self, **headers: str) -> None:
+        self.head(200, Content_Length=str(len(PICTURE)), **headers)
+        self.wfile.write(PICTURE)
+
+    def head(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Origin(ThreadingHTTPServer):
+    """Keeps what was asked of it."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str) -> None:
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, 0), Hostile)
+        self.asked: list[str] = []
+        self.connections = 0
+
+    def get_request(self) -> Any:
+        found = super().get_request()
+        self.connections += 1
+        return found
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
+def serving(host: str) -> Iterator[Origin]:
+    origin = Origin(host)
+    threading.Thread(target=origin.serve_forever, daemon=True).start()
+    yield origin
+    origin.shutdown()
+    origin.server_close()
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[Origin]:
+    yield from serving("127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def closed() -> Iterator[Origin]:
+    """One that may not be asked."""
+    yield from serving("127.0.0.2")
+
+
+def reason(url: str, rules: Guard = RULES) -> str:
+    with pytest.raises(RefusedError) as caught:
+        rules.download(url)
+    return caught.value.reason
+
+
+def at(origin: Origin, path: str, host: str = "127.0.0.1") -> str:
+    return f"http://{host}:{origin.server_port}{path}"
+
+
+@pytest.mark.parametrize(
+    "path", ["/picture", "/chunks", "/图 1.png?尺=1", "/to?/picture", "/endless-redirect"]
+)
+def test_a_picture_comes_whole(origin: Origin, path: str) -> None:
+    assert RULES.download(at(origin, path)) == PICTURE
+
+
+DISGUISES = (
+    ("127.0.0.2", "closed address"),
+    ("2130706434", "closed address"),
+    ("0x7f000002", "closed address"),
+    ("0x7f.0.0.2", "closed address"),
+    ("0177.0.0.2", "closed address"),
+    ("127.2", "closed address"),
+    ("[::ffff:127.0.0.2]", "closed address"),
+    ("[::1]", "closed address"),
+    ("localhost.localdomain.invalid..", "bad url"),
+)
+
+
+@pytest.mark.parametrize(("host", "expected"), DISGUISES)
+@pytest.mark.parametrize("redirected", [False, True])
+def test_closed_addresses_are_not_asked(
+    origin: Origin, closed: Origin, host: str, expected: str, redirected: bool
+) -> None:
+    url = at(closed, "/picture", host)
+    assert reason(at(origin, f"/to?{url}") if redirected else url) == expected
+    assert closed.connections == 0
+
+
+def test_the_allow_list_opens(closed: Origin) -> None:
+    rules = Guard("ldm", ("127.0.0.0/8",), 1.0, 100_000, 0)
+    before = closed.connections
+    assert rules.download(at(closed, "/picture", "127.0.0.2")) == PICTURE
+    closed.connections = before
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("file:///etc/passwd", "bad url"),
+        ("ftp://127.0.0.1/a.png", "bad url"),
+        ("data:image/png;base64,AAAA", "bad url"),
+        ("gopher://127.0.0.1/", "bad url"),
+        ("http://user:word@127.0.0.1/", "bad url"),
+        ("https:///picture", "bad url"),
+    ],
+)
+def test_redirects_stay_on_the_web(origin: Origin, target: str, expected: str) -> None:
+    assert reason(at(origin, f"/to?{target}")) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/loop", "too many redirects"),
+        ("/endless", "too many bytes"),
+        ("/large", "too many bytes"),
+        ("/drip", "timeout"),
+        ("/drip-headers", "timeout"),
+        ("/continue", "timeout"),
+        ("/many-headers", "connection lost"),
+        ("/cut", "truncated"),
+        ("/cut-chunk", "truncated"),
+        ("/garbage", "connection lost"),
+        ("/mute", "connection lost"),
+        ("/missing", "http 404"),
+        ("/robots", "not allowed by its site"),
+    ],
+)
+def test_tricks_end_soon_with_a_reason(origin: Origin, path: str, expected: str) -> None:
+    start = time.monotonic()
+    assert reason(at(origin, path)) == expected
+    assert time.monotonic() - start < 3
+
+
+def test_only_what_may_pass_is_tried_again(origin: Origin) -> None:
+    patient = Guard("ldm", LOOPBACK, 1.0, 100_000, retries=2)
+    assert patient.download(at(origin, "/moody")) == PICTURE
+    before = len(origin.asked)
+    assert reason(at(origin, "/missing"), patient) == "http 404"
+    assert len(origin.asked) == before + 1
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert reason(f"http://127.0.0.1:{bound.getsockname()[1]}/a.png") == "unreachable"
+
+
+def test_https_wants_a_certificate_that_is_trusted(origin: Origin) -> None:
+    assert reason(at(origin, "/picture").replace("http:", "https:")) == "bad certificate"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0", "10.1.2.3", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.16.0.1",
+        "192.0.0.1", "192.0.2.1", "192.168.1.1", "198.18.0.1", "203.0.113.9", "224.0.0.1",
+        "240.0.0.1", "255.255.255.255", "::", "::1", "::ffff:93.184.216.34", "::ffff:10.0.0.1",
+        "64:ff9b::0a00:0001", "64:ff9b::5db8:d822", "64:ff9b:1::1", "100::1", "2001::1",
+        "2001:db8::1", "2002:0a00:0001::1", "fc00::1", "fd12::1", "fe80::1", "fe80::1%eth0",
+        "fec0::1", "ff02::1",
+    ],
+)  # fmt: skip
+def test_closed(address: str) -> None:
+    assert not is_open(address, ())
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1"])
+def test_open(address: str) -> None:
+    assert is_open(address, ())
+
+
+def names(*found: str) -> Callable[..., list[tuple[Any, ...]]]:
+    """A resolver that knows one answer."""
+
+    def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in found]
+
+    return resolve
+
+
+def test_one_closed_address_of_a_name_refuses_it() -> None:
+    with pytest.raises(RefusedError) as caught:
+        resolved("a.example", 80, (), names("93.184.216.34", "10.0.0.1"))
+    assert caught.value.reason == "closed address"
+    assert resolved("a.example", 80, (), names("93.184.216.34", "93.184.216.34")) == [
+        "93.184.216.34"
+    ]
+
+
+def test_the_address_that_was_checked_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that answers with another address the next time gains nothing."""
+    answers = iter([["93.184.216.34"], ["127.0.0.1"]])
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        return names(*next(answers))(host, port)
+
+    def trap(found: list[str], port: int, deadline: guard.Deadline) -> socket.socket:
+        raise ConnectionRefusedError(f"trapped {found}")
+
+    monkeypatch.setattr(
+        guard, "resolved", lambda *given: addresses.resolved(*given, resolve=resolve)
+    )
+    monkeypatch.setattr(guard, "_connected", trap)
+    with pytest.raises(RefusedError, match=r"trapped \['93.184.216.34'\]"):
+        RULES.download("http://rebinding.example/a.png")
+    assert asked == ["rebinding.example"]
+
+
+@pytest.mark.parametrize(
+    ("values", "denial"),
+    [
+        ([], None),
+        (["all"], None),
+        (["noai"], "noai"),
+        (["NoImageAI"], "noimageai"),
+        (["nofollow, noindex"], "noindex"),
+        (["none"], "none"),
+        (["nofollow"], None),
+        (["googlebot: noai"], None),
+        (["*: noai"], "noai"),
+        (["ldm: noai"], "noai"),
+        (["LDM: nofollow, noai"], "noai"),
+        (["googlebot: noai, noindex"], None),
+        (["googlebot: noai, ldm: noindex"], "noindex"),
+        (["ldm: nofollow", "noimageindex"], "noimageindex"),
+        (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "noai"),
+        (["max-snippet: 20, noindex"], "noindex"),
+        (["googlebot: max-snippet: 20, noindex"], None),
+        ([""], None),
+        ([":::,,:"], None),
+    ],
+)
+def test_opt_outs(values: list[str], denial: str | None) -> None:
+    assert opted_out(values, "ldm") == denial
