@@ -104,8 +104,9 @@ def diagnose(content: bytes) -> RefusedError:
 
 def _decode(content: bytes, rules: Rules) -> Image.Image:
     image = _opened(content, rules)
-    if rules.animations == "skip" and getattr(image, "n_frames", 1) > 1:
-        raise RefusedError("animation", f"{image.n_frames} frames")
+    frames = getattr(image, "n_frames", 1)
+    if rules.animations == "skip" and frames > 1:
+        raise RefusedError("animation", f"{frames} frames")
     return image
 
 
