@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from bench.compare import compare
 from ldm.denoiser import load_unet
-from ldm.device import device_of
+from ldm.device import autocast, device_of
 from ldm.models import locate
 from ldm.unet import denoise, from_scratch
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Print steps a second of both, at the shape of ``tiny`` and of a level of Stable Diffusion."""
     device = device_of()
     tiny = load_unet(locate("tiny"), "diffusers")
-    run("tiny, batch 64, bf16", tiny, 64, 40, device)
+    run("tiny, batch 64, precision auto", tiny, 64, 40, device)
     torch.manual_seed(0)
     run("a level of SD 1, batch 1, float32", UNet2DConditionModel(**SD_BLOCK), 1, 77, device)
 
@@ -54,7 +54,7 @@ def stepper(unet: Any, states: torch.Tensor, steps: int) -> Callable[[], None]:
 
     def step() -> None:
         for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=batch > 1):
+            with autocast(device, "auto" if batch > 1 else "float32"):
                 loss = denoise(unet, latents, timesteps, states).float().square().mean()
             loss.backward()
             optimizer.step()

@@ -1,8 +1,8 @@
 """Training state on disk: safetensors and JSON, whole or not there at all.
 
-``RUN/step-00000300/`` holds ``unet.safetensors``, ``ema.safetensors``, ``optimizer.safetensors``
-and, written last, ``state.json`` with the step and each file's sha256. ``RUN/model.json`` says what
-the weights are the weights of.
+``RUN/step-00000300/`` holds ``weights.safetensors``, ``ema.safetensors``, their average,
+``optimizer.safetensors`` and, written last, ``state.json`` with the step and each file's sha256.
+``RUN/model.json`` says what the weights are the weights of.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ldm.artifacts import digest_file, write_json
 from ldm.errors import UserError
 
 STATE, MODEL = "state.json", "model.json"
+PARTS = ("weights", "ema", "optimizer")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -29,7 +30,7 @@ class Checkpoint:
     """The state after ``step`` optimizer steps: three sets of tensors by name."""
 
     step: int
-    unet: Tensors
+    weights: Tensors
     ema: Tensors
     optimizer: Tensors
 
@@ -39,7 +40,7 @@ class Model:
     """What else it takes to draw with a checkpoint.
 
     ``unet``: content of its ``config.json``; ``schedule``: scheduler configuration; ``pipeline``
-    and ``revision``: the name of the pipeline with the frozen parts.
+    and ``revision``: the name of the pipeline with the other parts.
     """
 
     unet: dict[str, Any]
@@ -71,7 +72,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     files = {}
-    for part in ("unet", "ema", "optimizer"):
+    for part in PARTS:
         path = fresh / f"{part}.safetensors"
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in getattr(checkpoint, part).items()},
@@ -94,10 +95,7 @@ def newest(run: Path) -> Checkpoint | None:
     for folder in reversed(folders(run)):
         if is_whole(folder):
             step = json.loads((folder / STATE).read_text())["step"]
-            parts = {
-                part: load_file(folder / f"{part}.safetensors")
-                for part in ("unet", "ema", "optimizer")
-            }
+            parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
             return Checkpoint(step, **parts)
     return None
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+"""``auto``: bfloat16 where the hardware computes it, else float32."""
 
 
 class Section(BaseModel):
@@ -150,6 +152,9 @@ class Train(Section):
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    text_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Train the text encoder too, at this rate; null leaves it as it is. For a text encoder that
+    has not learned enough of a small domain's captions to tell a UNet what goes where."""
     warmup_steps: Annotated[int, Field(ge=0)] = 30
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -161,7 +166,8 @@ class Train(Section):
     """... and at least this. The noisiest timesteps decide a small picture's layout; 0 leaves them
     almost no weight, which is plain min-SNR."""
     caption_dropout: Share = 0.1
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """``auto``: bf16 where the hardware computes it, else none."""
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 20
@@ -209,7 +215,7 @@ class Sampling(Section):
     guided_to: Share = 1.0
     """Guidance is computed at timesteps within these shares of the schedule alone; outside, a step
     costs half."""
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Precision = "float32"
     """Precision of the UNet."""
     batch_size: Count = 40
     seed: int = 0
@@ -224,7 +230,7 @@ class Sampling(Section):
 class EvaluationSampling(Sampling):
     """How evaluation draws: hundreds of pictures, whose share that is right bfloat16 keeps."""
 
-    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: Precision = "auto"
     """Precision of the UNet."""
 
 
@@ -268,7 +274,7 @@ class VaeTraining(Section):
     batch_size: Count = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1.5e-3
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3
-    bf16: bool = True
+    compute: Precision = "auto"
 
 
 class ClipTraining(Section):
@@ -289,7 +295,7 @@ class ClipTraining(Section):
     warmup_steps: Count = 100
     batch_size: Count = 128
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    bf16: bool = True
+    compute: Precision = "auto"
 
 
 class FirstStage(Section):

@@ -33,7 +33,7 @@ from ldm.latents import (
 from ldm.shards import ShardReader
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""Latents, noise, text states, timestep of one sample."""
+"""Latents, noise, text, timestep of one sample."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 TRAIN, VALIDATION, ORDER, TIMESTEPS = range(4)
@@ -44,13 +44,13 @@ TRAIN, VALIDATION, ORDER, TIMESTEPS = range(4)
 class Batch:
     """What a training step needs of n samples.
 
-    Float32 latents and noise (n, c, h, w), scaled; text states (n, tokens, width); int64 timesteps
-    (n,).
+    Float32 latents and noise (n, c, h, w), scaled; texts as float32 states (n, tokens, width) or
+    int64 token ids (n, tokens); int64 timesteps (n,).
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
-    states: torch.Tensor
+    texts: torch.Tensor
     timesteps: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
@@ -60,9 +60,14 @@ class Batch:
 
 
 class LatentCache:
-    """One split of a latents artifact, by sample number."""
+    """One split of a latents artifact, by sample number.
 
-    def __init__(self, folder: Path, split: str) -> None:
+    ``texts``: the captions' ``STATES``, or their ``IDS`` for a text encoder that is trained.
+    """
+
+    def __init__(self, folder: Path, split: str, texts: str = STATES) -> None:
+        assert texts in TEXT_MEMBERS
+        self._text_member = texts
         self.manifest: Manifest = opening(folder, "latents", "encode")
         self.split = split
         self.scaling_factor = float(self.manifest.config["scaling_factor"])
@@ -82,10 +87,10 @@ class LatentCache:
         """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
         return from_npy(self._samples.read(self._keys[sample], MOMENTS))
 
-    def states(self, sample: int, *, dropped: bool = False) -> np.ndarray:
-        """Hidden states of the sample's caption, or of the empty caption: (tokens, width)."""
+    def text(self, sample: int, *, dropped: bool = False) -> np.ndarray:
+        """The sample's caption, or the empty one: states (tokens, width), or ids (tokens,)."""
         key = self._empty if dropped else self._text_of[sample]
-        return from_npy(self._texts.read(key, STATES))
+        return from_npy(self._texts.read(key, self._text_member))
 
     def latents(self, sample: int, rng: np.random.Generator) -> np.ndarray:
         """A posterior sample, shifted and scaled to about unit variance: float32 (c, h, w)."""
@@ -128,8 +133,8 @@ class TrainingBatches(Dataset[Batch]):
         rng = counter_based(self.seed, TRAIN, position)
         latents = self.cache.latents(sample, rng)
         noise = rng.standard_normal(latents.shape, dtype=np.float32)
-        states = self.cache.states(sample, dropped=bool(rng.random() < self.caption_dropout))
-        return latents, noise, states, spread_timestep(self.seed, position, self.timesteps)
+        text = self.cache.text(sample, dropped=bool(rng.random() < self.caption_dropout))
+        return latents, noise, text, spread_timestep(self.seed, position, self.timesteps)
 
 
 def validation_batches(
@@ -144,16 +149,17 @@ def validation_batches(
             latents = cache.latents(position % len(cache), rng)
             noise = rng.standard_normal(latents.shape, dtype=np.float32)
             timestep = spread_timestep(seed, position, timesteps)
-            rows.append((latents, noise, cache.states(position % len(cache)), timestep))
+            rows.append((latents, noise, cache.text(position % len(cache)), timestep))
         yield _stack(rows)
 
 
 def _stack(rows: list[Row]) -> Batch:
-    latents, noise, states, timesteps = zip(*rows, strict=True)
+    latents, noise, texts, timesteps = zip(*rows, strict=True)
+    stacked = np.stack(texts)
     return Batch(
         torch.from_numpy(np.stack(latents)),
         torch.from_numpy(np.stack(noise)),
-        torch.from_numpy(np.stack(states).astype(np.float32)),
+        torch.from_numpy(stacked if stacked.dtype == np.int64 else stacked.astype(np.float32)),
         torch.tensor(timesteps),
     )
 

@@ -1,4 +1,4 @@
-"""The trained part of a model, UNet and noise schedule: from a pipeline or from a checkpoint."""
+"""The trained part of a model: the network, its noise schedule, and where they come from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,30 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from ldm import checkpoint
 from ldm.models import Encoders, Source, load_encoders, load_part, locate
-from ldm.unet import Network, run_by
+from ldm.unet import Network, denoise, run_by
+
+
+class Denoiser(torch.nn.Module):
+    """What a training changes: the UNet and, if it is trained too, the text encoder."""
+
+    def __init__(self, unet: Network, text_encoder: CLIPTextModel | None = None) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, texts: torch.Tensor
+    ) -> torch.Tensor:
+        """The UNet's output, of the latents' shape.
+
+        ``texts``: hidden states (n, tokens, width), or token ids (n, tokens) with a text encoder.
+        """
+        if self.text_encoder is not None:
+            texts = self.text_encoder(texts).last_hidden_state
+        return denoise(self.unet, latents, timesteps, texts)
 
 
 def load_unet(source: Source, network: str = "ldm") -> Network:
@@ -20,7 +40,7 @@ def load_unet(source: Source, network: str = "ldm") -> Network:
 
 
 def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
-    """Frozen parts, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
+    """Encoders, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
 
     A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
     """
@@ -30,8 +50,10 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     model, weights = checkpoint.averaged(folder)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet)
-    unet.load_state_dict(weights, assign=True)
     encoders = load_encoders(locate(model.pipeline, model.revision))
+    trains_text = any(name.startswith("text_encoder.") for name in weights)
+    text_encoder = encoders.text_encoder if trains_text else None
+    Denoiser(unet, text_encoder).load_state_dict(weights, assign=True)
     return encoders, run_by(network, unet), model.schedule
 
 

@@ -1,8 +1,19 @@
-"""Which device to compute on, and how it likes to be used."""
+"""Which device to compute on, how it likes to be used, and in which precision it is fast."""
 
 from __future__ import annotations
 
+import platform
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
 import torch
+
+from ldm.config import Sampling
+
+SamplingKind = TypeVar("SamplingKind", bound=Sampling)
+
+CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
+"""Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
 
 
 def device_of() -> torch.device:
@@ -20,3 +31,33 @@ def tune(device: torch.device) -> None:
     """
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 in hardware.
+
+    A CPU without it emulates: a training step of ``tiny`` then takes fifteen times as long as in
+    float32, where one with it takes half as long.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in CPU_BFLOAT16.get(platform.machine(), ()))
+
+
+def precision_of(compute: str, device: torch.device) -> str:
+    """``float32`` or ``bfloat16``; ``auto`` is whichever the device is fast in."""
+    if compute == "auto":
+        return "bfloat16" if has_bfloat16(device) else "float32"
+    return compute
+
+
+def settled(sampling: SamplingKind, device: torch.device) -> SamplingKind:
+    """The same settings with the precision that the device gives ``auto``."""
+    return sampling.model_copy(update={"compute": precision_of(sampling.compute, device)})
+
+
+def autocast(device: torch.device, compute: str) -> AbstractContextManager[Any]:
+    """Compute in this precision; ``auto`` as in :func:`precision_of`."""
+    lower = precision_of(compute, device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)

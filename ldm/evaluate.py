@@ -14,11 +14,19 @@ from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whol
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
 from ldm.denoiser import load_unet
-from ldm.device import device_of
+from ldm.device import device_of, settled
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
-from ldm.models import Source, digest_weights, load_clip, locate_clip, starting_model
+from ldm.models import (
+    Source,
+    digest_weights,
+    load_clip,
+    load_text_encoder,
+    locate,
+    locate_clip,
+    starting_model,
+)
 from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
@@ -77,6 +85,8 @@ def evaluate(
     and the pictures, ``model/NNN.png`` and ``start/NNN.png``.
     """
     trained = opening(model, "model", "train")
+    sampling = settled(config.sampling, device_of())
+    config = config.model_copy(update={"sampling": sampling})
     prompts = read_prompts(prompts_file, config.sampling.seed)
     inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}
     with writing(
@@ -124,7 +134,7 @@ def gloss(prompt: Prompt) -> str:
 
 
 def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Painter:
-    """The model before its training: the UNet it started from, with the same frozen parts."""
+    """The model before its training: the UNet it started from, with the pipeline's text encoder."""
     init = trained.config["init"]
     source = starting_model(init, pretrained)
     if source is None:
@@ -136,7 +146,12 @@ def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Paint
             f"{trained.path}: its training did not start from what train.init {init!r} is now; "
             "run `ldm train` again"
         )
-    return replace(painter, unet=unet.to(painter.device).eval().requires_grad_(False))
+    _, text_encoder = load_text_encoder(locate(pretrained.pipeline, pretrained.revision))
+    return replace(
+        painter,
+        text_encoder=text_encoder.to(painter.device),
+        unet=unet.to(painter.device).eval().requires_grad_(False),
+    )
 
 
 def _judge(config: Evaluate, painter: Painter, prompts: Sequence[Prompt], what: str) -> Judged:

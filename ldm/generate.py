@@ -12,12 +12,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.artifacts import digest_file, digest_json, write_json, write_whole
+from ldm.device import settled
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.models import digest_weights, locate
@@ -80,6 +81,8 @@ def generate(
     if total == 0:
         raise UserError("no prompts: give --prompt TEXT, or --prompts FILE with a row at least")
     painter = Painter.load(locate(model), network=network)
+    default = replace(job.default, sampling=settled(job.default.sampling, painter.device))
+    job = replace(job, default=default)
     _check(painter, job.default)
     if isinstance(prompts, list):
         for number, row in enumerate(prompts, start=1):

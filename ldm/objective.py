@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from ldm.data import Batch
 from ldm.diffusion import Levels, add_noise, snr_weights, target
 from ldm.errors import UserError
-from ldm.unet import denoise
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,13 @@ class Objective:
             )
         return cls(prediction, levels, snr_weights(prediction, levels, gamma, floor))
 
-    def loss(self, unet: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Weighted squared error of each sample, mean over its elements: float32 (n,)."""
+    def loss(self, denoiser: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Weighted squared error of each sample, mean over its elements: float32 (n,).
+
+        ``denoiser``: a :class:`ldm.denoiser.Denoiser`, maybe within another module.
+        """
         noisy = add_noise(self.levels, batch.latents, batch.noise, batch.timesteps)
         wanted = target(self.prediction, self.levels, batch.latents, batch.noise, batch.timesteps)
-        output = denoise(unet, noisy, batch.timesteps, batch.states)
+        output = denoiser(noisy, batch.timesteps, batch.texts)
         error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
         return error * self.weights.to(error)[batch.timesteps]

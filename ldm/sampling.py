@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import Sampling
 from ldm.denoiser import load_model
-from ldm.device import device_of
+from ldm.device import autocast, device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
 from ldm.models import Source
@@ -110,7 +109,7 @@ class Painter:
             share = timestep / sampler.train_steps
             guided = sampling.guided_from <= share <= sampling.guided_to
             scale = sampling.guidance if guided else 1.0
-            with precision(self.device, sampling.compute):
+            with autocast(self.device, sampling.compute):
                 output = self._guided(model_input, timestep, positive, negative, scale)
             latents = sampler.step(output, call, latents)
             if fresh := sampler.noise_scale(call):
@@ -178,9 +177,3 @@ class Painter:
     def _noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
         drawn = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.stack(drawn).to(self.device)
-
-
-def precision(device: torch.device, compute: str) -> AbstractContextManager[Any]:
-    """Autocast to a lower precision, or nothing."""
-    lower = compute != "float32"
-    return torch.autocast(device.type, getattr(torch, compute) if lower else None, enabled=lower)

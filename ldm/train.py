@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 
 from ldm import checkpoint
 from ldm.artifacts import digest_json, write_whole, writing
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache, TrainingBatches, validation_batches
-from ldm.denoiser import load_scheduler_config, load_unet
-from ldm.device import tune
+from ldm.denoiser import Denoiser
+from ldm.device import has_bfloat16, tune
 from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.models import Encoders, digest_weights, load_encoders, locate, starting_model
+from ldm.latents import IDS, STATES
+from ldm.models import digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import progress, say
 from ldm.run_log import RunLog
 from ldm.schedule import cosine_with_warmup
-from ldm.unet import Network, random_unet, run_by, shape_of
+from ldm.starting_point import starting_point
+from ldm.unet import shape_of
 
 LOG = "log.jsonl"
 
@@ -40,15 +42,16 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     Checkpoints and ``log.jsonl`` go to a folder of ``runs`` named by a digest of the settings, the
     latents and the starting weights.
     """
+    config = _settled(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
     )
     tune(accelerator.device)
     _check_batch(config, accelerator.num_processes)
-    cache, held_out = LatentCache(latents, "train"), LatentCache(latents, "validation")
+    texts = STATES if config.text_learning_rate is None else IDS
+    cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
-    _check_encoders(cache, encoders, pretrained.pipeline)
-    unet, schedule = starting_point(config, pretrained, cache)
+    unet, schedule = starting_point(config, pretrained, cache, encoders)
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
     run = runs / digest_json({"config": settings, "inputs": inputs})[:12]
@@ -58,9 +61,11 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     if accelerator.is_main_process:
         checkpoint.describe(run, about)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
-    unet, ema = _optimize(accelerator, config, objective, cache, held_out, unet, run)
+    trained_text = encoders.text_encoder if config.text_learning_rate else None
+    denoiser = Denoiser(unet, trained_text)
+    ema = _optimize(accelerator, config, objective, cache, held_out, denoiser, run)
     if accelerator.is_main_process:
-        ema.swap(unet)
+        ema.swap(denoiser)
         counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
         log = (run / LOG).read_bytes()
         with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
@@ -71,36 +76,18 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     accelerator.wait_for_everyone()
 
 
+def _settled(config: Train) -> Train:
+    """The same settings with the precision that this machine gives ``auto``."""
+    if config.mixed_precision != "auto":
+        return config
+    lower = has_bfloat16(PartialState().device)
+    return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
+
+
 def settings_of_result(config: Train) -> dict[str, Any]:
     """The settings that decide the result; where and how often to save do not."""
     how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
-
-
-def starting_point(
-    config: Train, pretrained: Pretrained, cache: LatentCache
-) -> tuple[Network, dict[str, Any]]:
-    """The UNet to start from and the scheduler configuration it goes with."""
-    source = starting_model(config.init, pretrained)
-    if source is not None:
-        return load_unet(source, pretrained.network), load_scheduler_config(source)
-    channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
-    unet = random_unet(
-        config.unet,
-        latent_channels=channels,
-        latent_size=side,
-        text_width=cache.states(0).shape[-1],
-        seed=config.seed,
-    )
-    schedule = {
-        "num_train_timesteps": config.noise.train_timesteps,
-        "beta_schedule": config.noise.beta_schedule,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": config.noise.prediction,
-        "timestep_spacing": "trailing",
-    }
-    return run_by(pretrained.network, unet), schedule
 
 
 def _check_batch(config: Train, processes: int) -> None:
@@ -111,32 +98,20 @@ def _check_batch(config: Train, processes: int) -> None:
         )
 
 
-def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
-    """Latents of another autoencoder would train without an error, towards nothing."""
-    for part in ("vae", "text_encoder"):
-        if cache.manifest.inputs[part] != digest_weights(getattr(encoders, part)):
-            raise UserError(
-                f"{cache.manifest.path}: was encoded with another {part} than that of "
-                f"{pipeline}; run `ldm encode` again"
-            )
-
-
 def _optimize(
     accelerator: Accelerator,
     config: Train,
     objective: Objective,
     cache: LatentCache,
     held_out: LatentCache,
-    unet: Network,
+    denoiser: Denoiser,
     run: Path,
-) -> tuple[Network, Ema]:
-    unet = unet.to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    prepared, optimizer = accelerator.prepare(unet, optimizer)
-    ema = Ema(unet, config.ema_decay)
-    first = _resume(run, unet, ema, optimizer)
+) -> Ema:
+    denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
+    optimizer = _optimizer(config, denoiser)
+    prepared, optimizer = accelerator.prepare(denoiser, optimizer)
+    ema = Ema(denoiser, config.ema_decay)
+    first = _resume(run, denoiser, ema, optimizer)
     log = RunLog(run / LOG, first, writes=accelerator.is_main_process)
     batches = _loader(accelerator, config, cache, len(objective.levels), first)
     steps = range(first, config.steps)
@@ -145,19 +120,20 @@ def _optimize(
     for step in bar:
         factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+            group["lr"] = group["peak"] * factor
         loss = _step(accelerator, config, objective, prepared, optimizer, batches)
-        ema.update(unet)
+        ema.update(denoiser)
         done = step + 1
         if done % config.log_every == 0:
-            log.write({"step": done, "loss": round(float(loss), 6), "lr": group["lr"]})
+            rate = factor * config.learning_rate
+            log.write({"step": done, "loss": round(float(loss), 6), "lr": rate})
             bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
         if done % config.validate_every == 0 or done == config.steps:
             log.write(
                 {
                     "step": done,
                     "val_loss": round(
-                        _validate(accelerator, config, objective, held_out, unet, ema), 6
+                        _validate(accelerator, config, objective, held_out, denoiser, ema), 6
                     ),
                 }
             )
@@ -165,17 +141,30 @@ def _optimize(
             done % config.checkpoint_every == 0 or done == config.steps
         ) and accelerator.is_main_process:
             state = checkpoint.Checkpoint(
-                done, unet.state_dict(), ema.average, checkpoint.optimizer_tensors(optimizer)
+                done, denoiser.state_dict(), ema.average, checkpoint.optimizer_tensors(optimizer)
             )
             checkpoint.save(run, state, config.keep_checkpoints)
-    return unet, ema
+    return ema
+
+
+def _optimizer(config: Train, denoiser: Denoiser) -> torch.optim.Optimizer:
+    """AdamW, each part at its own rate: ``peak`` in its group."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(denoiser.unet.parameters()), "peak": config.learning_rate}
+    ]
+    if denoiser.text_encoder is not None:
+        parameters = list(denoiser.text_encoder.parameters())
+        groups.append({"params": parameters, "peak": config.text_learning_rate})
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def _step(
     accelerator: Accelerator,
     config: Train,
     objective: Objective,
-    unet: torch.nn.Module,
+    denoiser: torch.nn.Module,
     optimizer: Any,
     batches: Any,
 ) -> torch.Tensor:
@@ -183,11 +172,11 @@ def _step(
     total = torch.zeros((), device=accelerator.device)
     for _ in range(config.accumulation):
         batch = next(batches).to(accelerator.device)
-        with accelerator.accumulate(unet), accelerator.autocast():
-            loss = objective.loss(unet, batch).mean()
+        with accelerator.accumulate(denoiser), accelerator.autocast():
+            loss = objective.loss(denoiser, batch).mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+                accelerator.clip_grad_norm_(denoiser.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         total += loss.detach() / config.accumulation
@@ -219,30 +208,30 @@ def _validate(
     config: Train,
     objective: Objective,
     held_out: LatentCache,
-    unet: Network,
+    denoiser: Denoiser,
     ema: Ema,
 ) -> float:
     """Mean loss of the averaged weights over the validation split, the same draws every time."""
-    ema.swap(unet)
-    unet.eval()
+    ema.swap(denoiser)
+    denoiser.eval()
     losses = []
     for batch in validation_batches(
         held_out, seed=config.seed, batch_size=config.batch_size, timesteps=len(objective.levels)
     ):
         with accelerator.autocast():
-            losses.append(objective.loss(unet, batch.to(accelerator.device)).cpu())
-    unet.train()
-    ema.swap(unet)
+            losses.append(objective.loss(denoiser, batch.to(accelerator.device)).cpu())
+    denoiser.train()
+    ema.swap(denoiser)
     return float(torch.cat(losses).mean())
 
 
-def _resume(run: Path, unet: Network, ema: Ema, optimizer: Any) -> int:
+def _resume(run: Path, denoiser: Denoiser, ema: Ema, optimizer: Any) -> int:
     """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
     found = checkpoint.newest(run)
     if found is None:
         return 0
-    unet.load_state_dict(found.unet)
-    device = next(unet.parameters()).device
+    denoiser.load_state_dict(found.weights)
+    device = next(denoiser.parameters()).device
     ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
     ema.updates = found.step
     checkpoint.restore_optimizer(optimizer, found.optimizer)

@@ -26,7 +26,7 @@ def test_ranks_share_a_batch_without_overlap(latents: Path) -> None:
     cache = LatentCache(latents, "train")
     whole = batches(cache)[5]
     shares = [batches(cache, rank=rank, processes=4)[5] for rank in range(4)]
-    for name in ("latents", "noise", "states", "timesteps"):
+    for name in ("latents", "noise", "texts", "timesteps"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(s, name) for s in shares]))
 
 
@@ -62,11 +62,11 @@ def test_caption_dropout_shows_the_empty_caption(latents: Path, pipeline: Path) 
     tokenizer, text_encoder = load_text_encoder(Source(str(pipeline)))
     with torch.no_grad():
         empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state[0]
-    torch.testing.assert_close(torch.from_numpy(cache.states(0, dropped=True).copy()), empty)
-    states = torch.cat([batches(cache)[number].states for number in range(30)])
+    torch.testing.assert_close(torch.from_numpy(cache.text(0, dropped=True).copy()), empty)
+    states = torch.cat([batches(cache)[number].texts for number in range(30)])
     dropped = (states - empty).abs().amax(dim=(1, 2)) < 1e-6
     assert 0.2 < dropped.float().mean() < 0.4
-    kept = batches(cache, caption_dropout=0.0)[0].states
+    kept = batches(cache, caption_dropout=0.0)[0].texts
     assert ((kept - empty).abs().amax(dim=(1, 2)) > 1e-6).all()
 
 

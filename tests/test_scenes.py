@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from scipy import ndimage
 
 from ldm.scenes import lists, reader
 from ldm.scenes.captions import CHINESE, PLURALS, RELATION_WORDINGS, caption, plain_caption
+from ldm.scenes.lists import caption_of
+from ldm.scenes.outlines import OUTLINES
 from ldm.scenes.reader import Reading, Seen, mismatch, read_scene, shows
 from ldm.scenes.render import SAMPLES, coverage, draw
 from ldm.scenes.world import (
     BACKGROUNDS,
-    BLOB,
     CANVAS,
     COLOURS,
     FORMS,
@@ -405,16 +406,27 @@ def test_pictures_of_nothing_are_refused() -> None:
         assert not shows(pixels, RED_CIRCLE)
 
 
-def test_blobs_are_no_shape() -> None:
-    """A random outline may pass for a circle now and then; it may never be asked for."""
-    rng = random.Random(3)
-    named = 0
-    for _ in range(40):
-        blob = Thing(Kind(BLOB, "red"), 32, 32, rng.uniform(9, 18), rng.getrandbits(32))
-        reading = read_scene(draw(Scene("white", (blob,))))
-        assert mismatch(reading, Description("white", Kind(BLOB, "red"))) is not None
-        named += any(thing.shape is not None for thing in reading.things)
-    assert named <= 12
+def test_made_up_shapes_are_none_of_the_world() -> None:
+    for name in OUTLINES:
+        for radius in (9.0, 12.0, 17.0):
+            reading = read_scene(draw(Scene("white", (Thing(Kind(name, "red"), 32, 32, radius),))))
+            assert [thing.shape for thing in reading.things] == [None], name
+
+
+def test_made_up_shapes_are_drawn_as_large_as_asked_and_told_apart() -> None:
+    covers = [coverage(Thing(Kind(name, "red"), 32.0, 32.0, 16.0)) for name in OUTLINES]
+    for cover in covers:
+        rows, columns = np.nonzero(cover > 0.5)
+        reach = np.hypot(columns + 0.5 - 32, rows + 0.5 - 32).max()
+        assert 14.5 < reach < 16.5
+    for one, other in combinations(covers, 2):
+        assert np.abs(one - other).sum() > 0.1 * one.sum()
+
+
+def test_the_scratch_list_names_made_up_shapes_in_both_languages() -> None:
+    captions = [caption_of("scratch", "train", row) for row in range(600)]
+    for names in (OUTLINES, OUTLINES.values()):
+        assert sum(any(name in caption for name in names) for caption in captions) > 20
 
 
 def _seen(x: float, y: float, shape: str = "circle", radius: float = 10.0) -> Seen:

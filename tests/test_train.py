@@ -48,10 +48,44 @@ def test_it_learns_and_writes_a_pipeline(pipeline: Path, latents: Path, tmp_path
     assert loaded.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_a_checkpoint_draws_what_the_finished_model_draws(
+def text_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "text_encoder" / "model.safetensors")
+
+
+def test_the_text_encoder_is_trained_if_asked(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
-    model = run_here(pipeline, latents, tmp_path)
+    before = text_weights(pipeline)
+    frozen = run_here(pipeline, latents, tmp_path / "frozen")
+    trained = run_here(pipeline, latents, tmp_path / "trained", text_learning_rate=1e-3)
+    for name, tensor in before.items():
+        assert torch.equal(text_weights(frozen)[name], tensor)
+    moved = {name for name, one in text_weights(trained).items() if not one.equal(before[name])}
+    assert moved == set(before)
+
+
+def test_texts_encoded_in_training_are_those_of_the_cache(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    cached = weights(run_here(pipeline, latents, tmp_path / "cached"))
+    online = weights(run_here(pipeline, latents, tmp_path / "online", text_learning_rate=1e-12))
+    for name, tensor in cached.items():
+        torch.testing.assert_close(online[name], tensor, rtol=1e-3, atol=2e-4)
+
+
+def test_a_start_that_reads_other_texts_is_refused(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    other = run_here(pipeline, latents, tmp_path / "other", text_learning_rate=1e-3)
+    with pytest.raises(UserError, match=r"has another text encoder than .*latents was"):
+        run_here(pipeline, latents, tmp_path / "next", init=str(other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"text_learning_rate": 1e-3}])
+def test_a_checkpoint_draws_what_the_finished_model_draws(
+    pipeline: Path, latents: Path, tmp_path: Path, settings: dict[str, float]
+) -> None:
+    model = run_here(pipeline, latents, tmp_path, **settings)
     (checkpoint,) = tmp_path.glob("runs/*/step-00000012")
     drawn = [
         list(Painter.load(Source(str(folder))).draw([Request("a red star", 1)], Sampling(steps=3)))

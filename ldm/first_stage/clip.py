@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from ldm.clip_score import embed_pictures, embed_texts
 from ldm.config import ClipTraining
+from ldm.device import autocast
 from ldm.first_stage.rearranged import Rearranger
 from ldm.first_stage.vae import Batches
 from ldm.progress import progress
@@ -73,7 +74,7 @@ def train_clip(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         chosen = rng.integers(len(captions), size=config.batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        with autocast(device, config.compute):
             seen = embed_pictures(clip, pictures(chosen), device)
             wrong = rearranged.some_of_each(tokens[chosen], config.rearranged, rng)
             texts = torch.cat([tokens[chosen], wrong])

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.config import VaeTraining
+from ldm.device import autocast
 from ldm.images import psnr, to_model, to_pixels
 from ldm.progress import progress
 from ldm.schedule import cosine_with_warmup
@@ -53,7 +54,7 @@ def train_vae(
         factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
         optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         images = to_model(pictures(rng.integers(count, size=config.batch_size))).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        with autocast(device, config.compute):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         error = torch.nn.functional.mse_loss(decoded, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from ldm.scenes.outlines import OUTLINES
 from ldm.scenes.world import Description, Kind
 
 COUNT_WORDS = {1: "one", 2: "two", 3: "three"}
@@ -18,7 +19,6 @@ CHINESE = {
     "ring": "圆环",
     "heart": "心形",
     "crescent": "月牙",
-    "blob": "斑点",
     "red": "红色",
     "orange": "橙色",
     "yellow": "黄色",
@@ -39,6 +39,7 @@ CHINESE = {
     "below": "下方",
     "two": "两",
     "three": "三",
+    **OUTLINES,
 }
 RELATION_WORDINGS = {
     "left of": ("left of", "to the left of"),

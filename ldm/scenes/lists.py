@@ -17,9 +17,9 @@ from typing import Any
 from ldm.artifacts import write_whole
 from ldm.scenes.captions import caption, plain_caption
 from ldm.scenes.world import (
-    BLOB,
     FORMS,
     KNOWN_SHAPES,
+    OUTLINE,
     SHAPES,
     Description,
     Kind,
@@ -34,7 +34,7 @@ ORIGIN = "http://127.0.0.1:8964"
 
 WORLDS = {
     "retrain": (SHAPES, FORMS),
-    "scratch": ((*KNOWN_SHAPES, BLOB), {"one": 0.25, "count": 0.20, "relation": 0.55}),
+    "scratch": ((*KNOWN_SHAPES, OUTLINE), {"one": 0.25, "count": 0.20, "relation": 0.55}),
 }
 """Shapes and forms of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made
 from. Which colour goes with which shape, and which stands where, takes the longest to learn."""

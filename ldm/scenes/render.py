@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from ldm.scenes.world import BACKGROUNDS, BLOB, CANVAS, COLOURS, Scene, Thing
+from ldm.scenes.outlines import OUTLINES, inside
+from ldm.scenes.world import BACKGROUNDS, CANVAS, COLOURS, Scene, Thing
 
 SAMPLES = 5
 """Samples a pixel and axis: 25 levels of coverage at an edge."""
@@ -33,16 +34,16 @@ def coverage(thing: Thing) -> np.ndarray:
     steps = (np.arange(CANVAS * SAMPLES) + 0.5) / SAMPLES
     u = (steps[left * SAMPLES : right * SAMPLES] - thing.x) / thing.radius
     v = (steps[top * SAMPLES : bottom * SAMPLES] - thing.y) / thing.radius
-    inside = _inside(thing.kind.shape, thing.outline_seed, *np.meshgrid(u, v))
+    covered = _inside(thing.kind.shape, *np.meshgrid(u, v))
     rows, columns = bottom - top, right - left
-    share = inside.reshape(rows, SAMPLES, columns, SAMPLES).mean(axis=(1, 3))
+    share = covered.reshape(rows, SAMPLES, columns, SAMPLES).mean(axis=(1, 3))
     alpha[top:bottom, left:right] = share
     return alpha
 
 
-def _inside(shape: str, outline_seed: int, u: Plane, v: Plane) -> Plane:
-    if shape == BLOB:
-        return _blob(outline_seed, u, v)
+def _inside(shape: str, u: Plane, v: Plane) -> Plane:
+    if shape in OUTLINES:
+        return inside(shape, u, v)
     return _INSIDE[shape](u, v)
 
 
@@ -85,22 +86,6 @@ def _heart(u: Plane, v: Plane) -> Plane:
 
 def _crescent(u: Plane, v: Plane) -> Plane:
     return (u**2 + v**2 <= 1) & ((u - 0.5) ** 2 + v**2 >= 0.72**2)
-
-
-def _blob(outline_seed: int, u: Plane, v: Plane) -> Plane:
-    """A star-shaped outline: radius 1 at most, four harmonics, or a polygon of 3 to 7 corners."""
-    rng = np.random.Generator(np.random.PCG64(outline_seed))
-    angle = np.arctan2(v, u)
-    if rng.random() < 0.5:
-        corners = int(rng.integers(3, 8))
-        at = np.sort(rng.uniform(-math.pi, math.pi, corners))
-        reach = rng.uniform(0.35, 1.0, corners)
-        outline = np.interp(angle, at, reach, period=2 * math.pi)
-    else:
-        outline = np.full_like(angle, 0.7)
-        for harmonic in range(1, 5):
-            outline += rng.uniform(-0.16, 0.16) * np.cos(harmonic * angle + rng.uniform(0, 6.3))
-    return np.hypot(u, v) <= np.minimum(outline, 1.0)
 
 
 _INSIDE = {

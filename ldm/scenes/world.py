@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+from ldm.scenes.outlines import OUTLINES
+
 CANVAS = 64
 """Side of the square picture, in pixels."""
 
 KNOWN_SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 NEW_SHAPES = ("heart", "crescent")
 SHAPES = KNOWN_SHAPES + NEW_SHAPES
-BLOB = "blob"
-"""A random outline, one of a kind each time: it widens what the first stage sees."""
+OUTLINE = "outline"
+"""In a choice of shapes: one of the made-up ones."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -142,7 +144,6 @@ class Thing:
     x: float
     y: float
     radius: float
-    outline_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def describe(
     Held-out combinations are among the draws; the caller keeps or drops them.
     """
     background = rng.choice(tuple(BACKGROUNDS))
-    first = Kind(rng.choice(shapes), rng.choice(tuple(COLOURS)))
+    first = _kind(rng, shapes)
     form = form_at(rng.random(), forms)
     if form == "one":
         return Description(background, first, size=rng.choice((None, *SIZES)))
@@ -169,8 +170,15 @@ def describe(
         return Description(background, first, count=rng.choice((2, 3)))
     second = first
     while second == first:
-        second = Kind(rng.choice(shapes), rng.choice(tuple(COLOURS)))
+        second = _kind(rng, shapes)
     return Description(background, first, relation=rng.choice(RELATIONS), second=second)
+
+
+def _kind(rng: random.Random, shapes: tuple[str, ...]) -> Kind:
+    shape = rng.choice(shapes)
+    if shape == OUTLINE:
+        shape = rng.choice(tuple(OUTLINES))
+    return Kind(shape, rng.choice(tuple(COLOURS)))
 
 
 def form_at(point: float, forms: Mapping[str, float]) -> str:
@@ -188,12 +196,8 @@ def lay_out(description: Description, rng: random.Random) -> Scene:
     else:
         low, high = SIZES[description.size or rng.choice(tuple(SIZES))]
         radius = rng.uniform(low, high)
-        things = (_thing(description.first, *_free_spot(radius, rng), radius, rng),)
+        things = (Thing(description.first, *_free_spot(radius, rng), radius),)
     return Scene(description.background, things)
-
-
-def _thing(kind: Kind, x: float, y: float, radius: float, rng: random.Random) -> Thing:
-    return Thing(kind, x, y, radius, rng.getrandbits(32) if kind.shape == BLOB else 0)
 
 
 def _free_spot(radius: float, rng: random.Random) -> tuple[float, float]:
@@ -213,7 +217,7 @@ def _scattered(description: Description, rng: random.Random) -> tuple[Thing, ...
         )
         if apart:
             return tuple(
-                _thing(description.first, x, y, radius, rng)
+                Thing(description.first, x, y, radius)
                 for (x, y), radius in zip(spots, radii, strict=True)
             )
 
@@ -232,6 +236,6 @@ def _related(description: Description, rng: random.Random) -> tuple[Thing, ...]:
         kinds.reverse()
     horizontal = description.relation in ("left of", "right of")
     return tuple(
-        _thing(kind, *(spot if horizontal else spot[::-1]), radius, rng)
+        Thing(kind, *(spot if horizontal else spot[::-1]), radius)
         for kind, spot, radius in zip(kinds, along_across, radii, strict=True)
     )

@@ -1,0 +1,65 @@
+"""Where a training starts, and whether that fits the latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ldm.config import Pretrained, Train
+from ldm.data import LatentCache
+from ldm.denoiser import load_scheduler_config, load_unet
+from ldm.errors import UserError
+from ldm.models import Encoders, digest_weights, load_text_encoder, starting_model
+from ldm.unet import Network, random_unet, run_by
+
+
+def starting_point(
+    config: Train, pretrained: Pretrained, cache: LatentCache, encoders: Encoders
+) -> tuple[Network, dict[str, Any]]:
+    """The UNet to start from and the scheduler configuration it goes with.
+
+    ``encoders`` are the pipeline's; UserError where the latents, or the UNet, are of others.
+    """
+    _check_encoders(cache, encoders, pretrained.pipeline)
+    source = starting_model(config.init, pretrained)
+    if source is not None:
+        if config.init != "pretrained":
+            _check_reads_the_same(cache, config.init, load_text_encoder(source)[1])
+        return load_unet(source, pretrained.network), load_scheduler_config(source)
+    channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
+    unet = random_unet(
+        config.unet,
+        latent_channels=channels,
+        latent_size=side,
+        text_width=encoders.text_encoder.config.hidden_size,
+        seed=config.seed,
+    )
+    schedule = {
+        "num_train_timesteps": config.noise.train_timesteps,
+        "beta_schedule": config.noise.beta_schedule,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": config.noise.prediction,
+        "timestep_spacing": "trailing",
+    }
+    return run_by(pretrained.network, unet), schedule
+
+
+def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
+    """Latents of another autoencoder would train without an error, towards nothing."""
+    for part in ("vae", "text_encoder"):
+        if cache.manifest.inputs[part] != digest_weights(getattr(encoders, part)):
+            raise UserError(
+                f"{cache.manifest.path}: was encoded with another {part} than that of "
+                f"{pipeline}; run `ldm encode` again"
+            )
+
+
+def _check_reads_the_same(cache: LatentCache, init: str, text_encoder: torch.nn.Module) -> None:
+    """A UNet that was trained with a text encoder of its own cannot read another's states."""
+    if cache.manifest.inputs["text_encoder"] != digest_weights(text_encoder):
+        raise UserError(
+            f"train.init {init}: has another text encoder than {cache.manifest.path} was encoded "
+            "with; name it in pretrained.pipeline too, and run `ldm encode` again"
+        )

@@ -1,0 +1,37 @@
+"""Precision follows the hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.config import Sampling
+from ldm.device import autocast, has_bfloat16, precision_of, settled
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_has_bfloat16_if_its_flags_say_so() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert has_bfloat16(CPU) == bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_is_what_the_device_can(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    names = {"avx512_bf16": able, "bf16": able, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
+    wanted = "bfloat16" if able else "float32"
+    assert precision_of("auto", CPU) == wanted
+    assert settled(Sampling(compute="auto"), CPU).compute == wanted
+    with autocast(CPU, "auto"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == getattr(torch, wanted)
+
+
+def test_a_named_precision_is_kept() -> None:
+    for compute in ("float32", "bfloat16"):
+        assert precision_of(compute, CPU) == compute
+        with autocast(CPU, compute):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, compute)
