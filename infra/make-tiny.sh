@@ -7,15 +7,10 @@ cd "$(dirname "$0")/.."
 work=artifacts/tiny
 stage() { [[ -f "$work/$1/manifest.json" ]] || "${@:2}" --params tiny-scratch --out "$work/$1"; }
 
-mkdir -p "$work/data" "$work/unet-data"
+mkdir -p "$work/data"
 ldm scenes --params tiny-scratch --out "$work/data"
 stage images ldm ingest --data "$work/data"
 stage first-stage ldm first-stage --images "$work/images"
-# Blobs widen what VAE and CLIP have seen; the UNet would only learn to draw them.
-for list in train validation; do
-  grep -v -e blob -e 斑点 "$work/data/$list.csv" > "$work/unet-data/$list.csv"
-done
-stage unet-images ldm ingest --data "$work/unet-data"
-stage latents ldm encode --images "$work/unet-images"
+stage latents ldm encode --images "$work/images"
 stage model ldm train --latents "$work/latents" --runs "$work/runs"
 python -m ldm.pretrained "$work/model" "$work/first-stage"

@@ -165,6 +165,9 @@ class Train(Section):
     snr_floor: Annotated[float, Field(ge=0)] = 0.5
     """... and at least this. The noisiest timesteps decide a small picture's layout; 0 leaves them
     almost no weight, which is plain min-SNR."""
+    timestep_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 shows more noisy timesteps and fewer others. Which of two things stands where is
+    decided where next to nothing of the picture is visible, on few timesteps of an even draw."""
     caption_dropout: Share = 0.1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """``auto``: bf16 where the hardware computes it, else none."""
@@ -298,11 +301,25 @@ class ClipTraining(Section):
     compute: Precision = "auto"
 
 
+class LayoutTraining(Section):
+    """What the text encoder of ``ldm first-stage`` learns after CLIP: what stands where."""
+
+    heads: Count = 8
+    seed: int = 0
+    steps: Annotated[int, Field(ge=0)] = 3500
+    """0 leaves the text encoder as CLIP's."""
+    warmup_steps: Count = 200
+    batch_size: Count = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    compute: Precision = "auto"
+
+
 class FirstStage(Section):
     """VAE and CLIP from random weights, for a domain that the pretrained ones do not fit."""
 
     vae: VaeTraining = VaeTraining()
     clip: ClipTraining = ClipTraining()
+    layout: LayoutTraining = LayoutTraining()
 
 
 class Params(Section):

@@ -192,6 +192,7 @@ def _loader(
         seed=config.seed,
         batch_size=config.batch_size // config.accumulation,
         timesteps=timesteps,
+        timestep_shift=config.timestep_shift,
         caption_dropout=config.caption_dropout,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ldm.data import LatentCache, TrainingBatches, order, spread_timestep, validation_batches
+from ldm.data import LatentCache, TrainingBatches, order, shifted, spread_share, validation_batches
 from ldm.encode import posterior_moments
 from ldm.errors import UserError
 from ldm.images import psnr, to_pixels
@@ -45,10 +47,24 @@ def test_an_epoch_shows_every_sample_once() -> None:
 
 
 def test_timesteps_are_even_over_any_stretch() -> None:
-    drawn = np.array([spread_timestep(7, position, 1000) for position in range(512, 1024)])
-    counts, _ = np.histogram(drawn, bins=8, range=(0, 1000))
+    drawn = np.array([spread_share(7, position) for position in range(512, 1024)])
+    counts, _ = np.histogram(drawn, bins=8, range=(0, 1))
     assert counts.min() >= 60 and counts.max() <= 68
-    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert drawn.min() >= 0 and drawn.max() < 1
+
+
+@given(st.floats(0, 1, exclude_max=True), st.floats(0.1, 10))
+def test_a_shift_keeps_order_and_range(share: float, shift: float) -> None:
+    assert 0 <= shifted(share, shift) < 1
+    assert shifted(shifted(share, shift), 1 / shift) == pytest.approx(share, abs=1e-9)
+    assert (shifted(share, shift) >= share) == (shift >= 1) or share in (0, shifted(share, shift))
+
+
+def test_a_shift_shows_that_many_times_more_of_the_noisiest(latents: Path) -> None:
+    cache = LatentCache(latents, "train")
+    many = [batches(cache, timestep_shift=4.0)[number].timesteps for number in range(200)]
+    noisiest = (torch.cat(many) >= 980).float().mean()
+    assert 0.06 < noisiest < 0.09
 
 
 def test_epochs_draw_different_posterior_samples(latents: Path) -> None:

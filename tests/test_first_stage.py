@@ -10,15 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
+from ldm.config import LayoutTraining, VaeTraining
+from ldm.first_stage.layout import errors, latents_of, layout_accuracy, lengths, train_layout
 from ldm.first_stage.rearranged import Rearranger
+from ldm.first_stage.stage import text_encoder_of
+from ldm.first_stage.vae import build_vae
+from ldm.images import to_model
 from ldm.models import tiny_folder
 from ldm.scenes.captions import caption
 from ldm.scenes.world import KNOWN_SHAPES, describe
 from ldm.text import tokenize
 
 START, END = 100, 101
+CPU = torch.device("cpu")
 
 
 def padded(*ids: int, length: int = 8) -> torch.Tensor:
@@ -84,3 +90,48 @@ def test_some_of_each_leaves_out_captions_without_any() -> None:
     drawn = rearranged.some_of_each(captions, 3, np.random.default_rng(0))
     assert drawn.tolist() == [captions[1].tolist(), captions[0].tolist()]
     assert rearranged.some_of_each(captions[2:], 3, np.random.default_rng(0)).shape == (0, 8)
+
+
+def test_the_text_encoder_learns_what_stands_where(tokenizer: CLIPTokenizer) -> None:
+    clip = CLIPModel.from_pretrained(tiny_folder() / "clip", dtype=torch.float32)
+    text_encoder = text_encoder_of(clip)
+    red, blue = torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([-1.0, 1.0, 1.0, -1.0])
+    captions, latents = [], torch.zeros(8, 4, 8, 8)
+    for number in range(8):
+        (first, left), (second, right) = [("red", red), ("blue", blue)][:: (-1) ** number]
+        captions.append(f"a {first} circle left of a {second} circle on a white background")
+        latents[number, :, :, :4], latents[number, :, :, 4:] = (
+            left[:, None, None],
+            right[:, None, None],
+        )
+    config = LayoutTraining(steps=150, warmup_steps=20, batch_size=8)
+    reader = train_layout(config, text_encoder, tokenizer, latents, captions, CPU)
+    tokens = tokenize(tokenizer, captions)
+    assert errors(text_encoder, reader, tokens, latents, CPU).max() < 0.1
+    accuracy = layout_accuracy(text_encoder, reader, tokenizer, latents, captions, CPU)
+    assert accuracy == 1.0
+    assert not any(parameter.requires_grad for parameter in text_encoder.parameters())
+
+
+def test_padding_behind_the_end_is_left_out(tokenizer: CLIPTokenizer) -> None:
+    captions = ["a red circle on a white background", "two blue stars"]
+    tokens = tokenize(tokenizer, captions)
+    wanted = [2 + len(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in captions]
+    assert lengths(tokens).tolist() == wanted
+
+
+def test_latents_are_scaled_once() -> None:
+    vae = build_vae(VaeTraining(widths=(8, 8, 8, 8), norm_groups=4), 64).eval()
+    vae.register_to_config(scaling_factor=0.5)
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
+    found = latents_of(vae, lambda numbers: pixels[numbers], 70, CPU)
+    with torch.no_grad():
+        mean = vae.encode(to_model(pixels)).latent_dist.mean
+    torch.testing.assert_close(found, 0.5 * mean)
+
+
+def test_the_text_encoder_starts_as_clips_tower(tokenizer: CLIPTokenizer) -> None:
+    clip = CLIPModel.from_pretrained(tiny_folder() / "clip", dtype=torch.float32)
+    ids = tokenize(tokenizer, ["two blue stars"])
+    states = text_encoder_of(clip)(ids).last_hidden_state
+    torch.testing.assert_close(states, clip.text_model(input_ids=ids).last_hidden_state)

@@ -10,15 +10,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel
 
 from ldm.artifacts import opening, write_json, writing
 from ldm.config import FirstStage
 from ldm.device import device_of
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
+from ldm.first_stage.layout import latents_of, layout_accuracy, train_layout
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import reconstruction_psnr, train_vae
 from ldm.images import decode_image
@@ -34,7 +36,7 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
     """Train on the images artifact's training split, measure on its validation split.
 
     Writes ``vae``, ``text_encoder``, ``tokenizer``, ``clip`` (both towers) and ``measured.json``
-    {vae_psnr_db, clip_retrieval, clip_order, seconds}.
+    {vae_psnr_db, clip_retrieval, clip_order, text_order, seconds}.
     """
     pictures = opening(images, "images", "ingest")
     device = device_of()
@@ -55,28 +57,48 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
         between = time.monotonic()
         tokenizer = train_tokenizer(config.clip, captions)
         clip = train_clip(config.clip, tokenizer, pixels_of, captions, side, device)
-        measured = {
+        after_clip = time.monotonic()
+        measured: dict[str, Any] = {
             "vae_psnr_db": round(reconstruction_psnr(vae, held_out, device), 2),
             "clip_retrieval": _mean_retrieval(clip, tokenizer, held_out, held_out_captions, device),
             "clip_order": order_accuracy(clip, tokenizer, held_out, held_out_captions, device),
             "seconds": {
                 "vae": round(between - started),
-                "clip": round(time.monotonic() - between),
+                "clip": round(after_clip - between),
             },
         }
+        text_encoder = text_encoder_of(clip)
+        if config.layout.steps:
+            latents = latents_of(vae, pixels_of, len(captions), device)
+            reader = train_layout(config.layout, text_encoder, tokenizer, latents, captions, device)
+            measured["text_order"] = layout_accuracy(
+                text_encoder,
+                reader,
+                tokenizer,
+                latents_of(vae, held_out_of, len(held_out_captions), device),
+                held_out_captions,
+                device,
+            )
+            measured["seconds"]["layout"] = round(time.monotonic() - after_clip)
         # Half precision halves the folder and moves the PSNR by less than 0.01 dB.
         vae.half().save_pretrained(fresh / "vae")
         clip.half().save_pretrained(fresh / "clip")
         tokenizer.save_pretrained(fresh / "clip")
         tokenizer.save_pretrained(fresh / "tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(fresh / "clip", dtype=torch.float16)
-        text_encoder.save_pretrained(fresh / "text_encoder")
+        text_encoder.half().save_pretrained(fresh / "text_encoder")
         forget_origin(fresh)
         write_json(fresh / "measured.json", measured)
     say(
         f"first-stage: VAE {measured['vae_psnr_db']} dB, CLIP finds "
         f"{measured['clip_retrieval']:.0%} among {CANDIDATES} -> {out}"
     )
+
+
+def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
+    """A copy of CLIP's text tower."""
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    return text_encoder.eval()
 
 
 def _split(

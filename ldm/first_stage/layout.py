@@ -1,0 +1,152 @@
+"""Teaching the text encoder to say what stands where.
+
+Contrast alone teaches a text encoder which things a caption names, and little of how they stand
+(arXiv:2210.01936). A UNet's loss asks for it only on the noisiest timesteps, where the layout is
+still open: too few to learn a composition of words from. So the text encoder learns it by itself:
+every position of the latents reads the states once, as a UNet's cross-attention does, and predicts
+its own latents. The best prediction is the mean over all pictures that fit the caption, which
+depends on every word that places something. The reader is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ldm.config import LayoutTraining
+from ldm.device import autocast
+from ldm.first_stage.rearranged import Rearranger
+from ldm.first_stage.vae import Batches
+from ldm.images import to_model
+from ldm.nn.attention import Attention
+from ldm.progress import progress
+from ldm.schedule import cosine_with_warmup
+from ldm.text import tokenize
+
+POOL = 16
+"""Batches that are cut from one draw, ordered by length: short captions need no padding."""
+
+
+class LayoutReader(nn.Module):
+    """Text states (n, tokens, width) to the latents that each position expects: (n, c, h, w)."""
+
+    def __init__(self, width: int, heads: int, latents: torch.Size) -> None:
+        super().__init__()
+        self.latents = latents
+        self.positions = nn.Parameter(torch.randn(latents[1:].numel(), width) / 2)
+        self.read = Attention(width, width, heads)
+        self.predict = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
+            nn.Linear(2 * width, latents[0]),
+        )  # fmt: skip
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        positions = self.positions.expand(len(states), -1, -1)
+        predicted = self.predict(positions + self.read(positions, states))
+        return predicted.transpose(1, 2).unflatten(-1, self.latents[1:])
+
+
+def train_layout(
+    config: LayoutTraining,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    latents: torch.Tensor,
+    captions: Sequence[str],
+    device: torch.device,
+) -> LayoutReader:
+    """Train ``text_encoder`` in place on scaled latents (n, c, h, w); returns the reader."""
+    torch.manual_seed(config.seed)
+    width, heads = text_encoder.config.hidden_size, config.heads
+    reader = LayoutReader(width, heads, latents.shape[1:]).to(device).train()
+    text_encoder = text_encoder.to(device).requires_grad_(True).train()
+    parameters = [*text_encoder.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+    tokens = tokenize(tokenizer, captions)
+    batches = _batches_by_length(lengths(tokens), config.batch_size, config.seed)
+    bar = progress(range(config.steps), "layout", config.steps, "steps")
+    for step in bar:
+        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        chosen = next(batches)
+        with autocast(device, config.compute):
+            found = errors(text_encoder, reader, tokens[chosen], latents[chosen], device)
+        loss = found.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    text_encoder.eval().requires_grad_(False)
+    return reader.eval().requires_grad_(False)
+
+
+def errors(
+    text_encoder: CLIPTextModel,
+    reader: LayoutReader,
+    tokens: torch.Tensor,
+    latents: torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """Mean squared error of what captions (n, tokens) say about latents (n, c, h, w): (n,)."""
+    # Attention is causal: padding behind the end changes nothing before it.
+    longest = int(lengths(tokens).max())
+    states = text_encoder(tokens[:, :longest].to(device)).last_hidden_state
+    return (reader(states).float() - latents.to(device)).square().mean(dim=(1, 2, 3))
+
+
+def lengths(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of each caption (n, tokens), start and end among them: int64 (n,)."""
+    return (tokens == tokens[:, -1:]).int().argmax(dim=1) + 1
+
+
+@torch.no_grad()
+def layout_accuracy(
+    text_encoder: CLIPTextModel,
+    reader: LayoutReader,
+    tokenizer: CLIPTokenizer,
+    latents: torch.Tensor,
+    captions: Sequence[str],
+    device: torch.device,
+) -> float | None:
+    """Share of pictures that their caption predicts better than all its rearrangements do.
+
+    Of those whose caption has any, None where none has. Chance is one in two to four.
+    """
+    tokens = tokenize(tokenizer, captions)
+    rearranged = Rearranger(tokens)
+    right = []
+    for picture, ids in zip(latents, tokens, strict=True):
+        wrong = rearranged.all_of(ids)
+        if len(wrong):
+            said = torch.cat([ids[None], wrong])
+            same = picture.expand(len(said), *picture.shape)
+            right.append(bool(errors(text_encoder, reader, said, same, device).argmin() == 0))
+    return round(float(np.mean(right)), 4) if right else None
+
+
+@torch.no_grad()
+def latents_of(
+    vae: AutoencoderKL, pictures: Batches, count: int, device: torch.device
+) -> torch.Tensor:
+    """Posterior means of pictures 0 to ``count``, of about unit variance: float32 (n, c, h, w)."""
+    found = []
+    for start in progress(range(0, count, 64), "layout latents", -(-count // 64), "batches"):
+        pixels = pictures(np.arange(start, min(start + 64, count)))
+        found.append(vae.encode(to_model(pixels).to(device)).latent_dist.mean.float().cpu())
+    return torch.cat(found) * vae.config.scaling_factor
+
+
+def _batches_by_length(of: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    while True:
+        pool = torch.from_numpy(rng.choice(len(of), min(POOL * size, len(of)), replace=False))
+        ordered = pool[of[pool].argsort(stable=True)].split(size)
+        yield from (ordered[number] for number in rng.permutation(len(ordered)))
