@@ -46,12 +46,13 @@ def evaluated(pipeline: Path, model: Path, prompts_file: Path) -> Path:
     return model.parent / "eval"
 
 
+@pytest.mark.parametrize("settings", [{}, {"text_learning_rate": 1e-2}])
 def test_the_start_is_the_one_of_the_training(
-    pipeline: Path, latents: Path, tmp_path: Path, prompts_file: Path
+    pipeline: Path, latents: Path, tmp_path: Path, prompts_file: Path, settings: dict[str, float]
 ) -> None:
     """Started from a model of one's own, not from the pretrained one."""
     first = trained(pipeline, latents, tmp_path / "first", learning_rate=1e-2)
-    second = trained(pipeline, latents, tmp_path / "second", init=str(first))
+    second = trained(pipeline, latents, tmp_path / "second", init=str(first), **settings)
     folder = evaluated(pipeline, second, prompts_file)
     asked = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines()]
     requests = [Request(prompt, 5 + number) for number, prompt in enumerate(asked)]

@@ -13,21 +13,23 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ldm.artifacts import opening
-from ldm.models import tiny_folder
+from ldm.models import Source, load_text_encoder, tiny_folder
 from ldm.pipeline_folder import forget_origin
 
-FROZEN = ("vae", "text_encoder", "tokenizer", "clip")
+FIRST = ("vae", "tokenizer", "clip")
 
 
 def install(model: Path, first_stage: Path, target: Path) -> None:
-    """Copy the frozen parts as they are and the UNet in half precision into ``target``."""
+    """Copy the first stage, and the UNet and text encoder in half precision, to ``target``."""
     opening(model, "model", "train")
     opening(first_stage, "first-stage", "first-stage")
-    for part in FROZEN:
+    for part in FIRST:
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(first_stage / part, target / part)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float16)
     unet.save_pretrained(target / "unet")
+    source = Source(str(model))
+    load_text_encoder(source)[1].half().save_pretrained(target / "text_encoder")
     shutil.rmtree(target / "scheduler", ignore_errors=True)
     shutil.copytree(model / "scheduler", target / "scheduler")
     shutil.copyfile(model / "model_index.json", target / "model_index.json")
