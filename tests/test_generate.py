@@ -12,12 +12,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,8 +24,8 @@ from ldm import generate as job_module
 from ldm.config import Sampling
 from ldm.errors import UserError
 from ldm.generate import Job, Prompts, generate
-from ldm.images import decode_image
 from ldm.prompts import Wish
+from tests.conftest import assert_alike
 
 QUICK = Sampling(steps=2, batch_size=4)
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,13 +58,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def assert_alike(some: Iterable[bytes], others: Iterable[bytes]) -> None:
-    """The same pictures, but for the rounding of batches of another size."""
-    for one, other in zip(some, others, strict=True):
-        difference = decode_image(one).astype(int) - decode_image(other)
-        assert np.abs(difference).max() <= 1
 
 
 ROWS = [

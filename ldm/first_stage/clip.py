@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from ldm.clip_score import embed_pictures, embed_texts
 from ldm.config import ClipTraining
 from ldm.device import autocast
-from ldm.first_stage.rearranged import Rearranger
+from ldm.first_stage.rearranged import Rearranger, told_apart
 from ldm.first_stage.vae import Batches
 from ldm.progress import progress
 from ldm.schedule import cosine_with_warmup
@@ -127,13 +127,9 @@ def order_accuracy(
 
     Of those whose caption has any, None where none has. Chance is one in two to four.
     """
-    tokens = tokenize(tokenizer, captions)
-    rearranged = Rearranger(tokens)
-    right = []
-    for pixel, ids in zip(pixels, tokens, strict=True):
-        wrong = rearranged.all_of(ids)
-        if len(wrong):
-            seen = embed_pictures(clip, pixel[None], device)
-            said = embed_texts(clip, torch.cat([ids[None], wrong]), device)
-            right.append(bool((said @ seen.T).argmax() == 0))
-    return round(float(np.mean(right)), 4) if right else None
+
+    def scores(number: int, said: torch.Tensor) -> torch.Tensor:
+        seen = embed_pictures(clip, pixels[number][None], device)
+        return (embed_texts(clip, said, device) @ seen.T)[:, 0]
+
+    return told_apart(tokenize(tokenizer, captions), scores)

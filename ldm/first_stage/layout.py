@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import LayoutTraining
 from ldm.device import autocast
-from ldm.first_stage.rearranged import Rearranger
+from ldm.first_stage.rearranged import told_apart
 from ldm.first_stage.vae import Batches
 from ldm.images import to_model
 from ldm.nn.attention import Attention
@@ -120,16 +120,12 @@ def layout_accuracy(
 
     Of those whose caption has any, None where none has. Chance is one in two to four.
     """
-    tokens = tokenize(tokenizer, captions)
-    rearranged = Rearranger(tokens)
-    right = []
-    for picture, ids in zip(latents, tokens, strict=True):
-        wrong = rearranged.all_of(ids)
-        if len(wrong):
-            said = torch.cat([ids[None], wrong])
-            same = picture.expand(len(said), *picture.shape)
-            right.append(bool(errors(text_encoder, reader, said, same, device).argmin() == 0))
-    return round(float(np.mean(right)), 4) if right else None
+
+    def scores(number: int, said: torch.Tensor) -> torch.Tensor:
+        same = latents[number].expand(len(said), *latents.shape[1:])
+        return -errors(text_encoder, reader, said, same, device)
+
+    return told_apart(tokenize(tokenizer, captions), scores)
 
 
 @torch.no_grad()

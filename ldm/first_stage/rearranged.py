@@ -8,7 +8,7 @@ exchanged words teach the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -60,3 +60,20 @@ class Rearranger:
                 touched = {i - 1, i, j - 1, j}
                 if all((found[at], found[at + 1]) in self._neighbours for at in touched):
                     yield tuple(found)
+
+
+def told_apart(
+    captions: torch.Tensor, scores: Callable[[int, torch.Tensor], torch.Tensor]
+) -> float | None:
+    """Share of captions (n, tokens) that score above all their rearrangements.
+
+    ``scores(number, said)``: how well each of ``said`` (m, tokens) fits picture ``number``, (m,).
+    Of those that have any, None where none has.
+    """
+    rearranged = Rearranger(captions)
+    right = []
+    for number, ids in enumerate(captions):
+        wrong = rearranged.all_of(ids)
+        if len(wrong):
+            right.append(bool(scores(number, torch.cat([ids[None], wrong])).argmax() == 0))
+    return round(float(np.mean(right)), 4) if right else None
