@@ -10,7 +10,7 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ldm.scenes.captions import caption, plain_caption
 from ldm.scenes.world import (
     FORMS,
     KNOWN_SHAPES,
+    NEW_SHAPES,
     OUTLINE,
     SHAPES,
     Description,
@@ -32,15 +33,23 @@ from ldm.scenes.world import (
 ORIGIN = "http://127.0.0.1:8964"
 """Where the embedded origin serves; the lists name it."""
 
-WORLDS = {
-    "retrain": (SHAPES, FORMS),
-    "scratch": ((*KNOWN_SHAPES, OUTLINE), {"one": 0.25, "count": 0.20, "relation": 0.55}),
-}
-"""Shapes and forms of a list: ``retrain`` is the demo's, ``scratch`` the one that ``tiny`` was made
-from. Which colour goes with which shape, and which stands where, takes the longest to learn."""
 
-NEW_SHARE = 0.5
-"""Of the demo's rows: those with a shape that ``tiny`` never saw."""
+@dataclass(frozen=True)
+class World:
+    """What a list's rows show: forms, and in a ``share`` of them a shape that is not known."""
+
+    forms: Mapping[str, float]
+    unknown: tuple[str, ...]
+    share: float
+
+
+WORLDS = {
+    "retrain": World(FORMS, NEW_SHAPES, 0.5),
+    "scratch": World({"one": 0.25, "count": 0.20, "relation": 0.55}, (OUTLINE,), 0.6),
+}
+"""``retrain`` is the demo's list, with shapes that ``tiny`` never saw; ``scratch`` the one that
+``tiny`` was made from, with made-up shapes. Which colour goes with which shape, and which stands
+where, takes the longest to learn."""
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it fill [0, 1) evenly."""
@@ -51,10 +60,14 @@ BAD_SHARE = 0.02
 
 def scene_of(world: str, split: str, row: int) -> tuple[Description, Scene]:
     """The description and layout behind a row: a pure function of its name."""
+    drawn_from = WORLDS[world]
     rng = random.Random(f"{world}/{split}/{row}")
-    new = world == "retrain" and rng.random() < NEW_SHARE
+    unknown = rng.random() < drawn_from.share
     description = _until(
-        lambda found: found.has_new_shape == new and not found.held_out, rng, *WORLDS[world]
+        lambda found: found.is_known != unknown and not found.held_out,
+        rng,
+        (*KNOWN_SHAPES, *drawn_from.unknown),
+        drawn_from.forms,
     )
     return description, lay_out(description, rng)
 

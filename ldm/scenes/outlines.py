@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-COUNT = 40
+COUNT = 160
 HARMONICS = 4
 FINE = 64
 

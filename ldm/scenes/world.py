@@ -111,6 +111,11 @@ class Description:
         return "count" if self.count > 1 else "one"
 
     @property
+    def is_known(self) -> bool:
+        """Whether it asks for shapes of the known world alone."""
+        return all(kind.shape in KNOWN_SHAPES for kind in self.kinds)
+
+    @property
     def has_new_shape(self) -> bool:
         """Whether it asks for a shape that ``tiny`` never saw."""
         return any(kind.shape in NEW_SHAPES for kind in self.kinds)
