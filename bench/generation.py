@@ -1,4 +1,4 @@
-"""Pictures a second over ``StableDiffusionPipeline``, and the memory of a long job."""
+"""Pictures a second over ``StableDiffusionPipeline``, ``--fast``, and the memory of a long job."""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from bench.compare import compare
+from ldm.cli import DATA, FAST
 from ldm.config import Sampling
 from ldm.device import device_of
+from ldm.evaluate import read_prompts
 from ldm.models import Source, tiny_folder
 from ldm.sampling import Painter, Request
+from ldm.scenes.lists import read_description
+from ldm.scenes.reader import shows
 
 PICTURES, ROUNDS = 40, 5
+EVALUATION = DATA / "prompts.jsonl"
 PROMPTS = [f"a {colour} star on a grey background" for colour in ("red", "blue", "green", "cyan")]
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print all tables."""
     speed()
+    adherence()
     memory()
 
 
 def speed() -> None:
-    """The same model, sampler, steps, batch, guidance and dtype."""
+    """The same model, sampler, steps, batch, guidance and dtype; then ours with ``--fast``."""
     device = device_of()
     theirs = StableDiffusionPipeline.from_pretrained(tiny_folder(), safety_checker=None)
     theirs = theirs.to(device)
@@ -50,11 +57,34 @@ def speed() -> None:
             generator=generators,
         )
 
-    def ours() -> None:
-        list(painter.draw(requests, sampling))
+    def drawn(sampling: Sampling) -> Callable[[], object]:
+        return lambda: list(painter.draw(requests, sampling))
 
     title = f"generation, tiny, batch {PICTURES}, dpm++ 20 steps, float32: pictures a second"
-    compare(title, ("diffusers", reference), ("ours", ours), PICTURES, ROUNDS)
+    compare(title, ("diffusers", reference), ("ours", drawn(sampling)), PICTURES, ROUNDS)
+    title = f"the same, ours with --fast ({FAST})"
+    compare(title, ("diffusers", reference), ("ours", drawn(fast(sampling))), PICTURES, ROUNDS)
+
+
+def fast(sampling: Sampling) -> Sampling:
+    """The same settings with what ``ldm generate --fast`` changes."""
+    return sampling.model_copy(update=FAST)
+
+
+def adherence() -> None:
+    """The share of pictures exactly as asked, exact and fast: every evaluation prompt, ``tiny``."""
+    if not EVALUATION.is_file():
+        print(f"\nno {EVALUATION}: run `ldm scenes` for the adherence of --fast")
+        return
+    prompts = read_prompts(EVALUATION, seed=0)
+    painter = Painter.load(Source(str(tiny_folder())))
+    requests = [Request(prompt.prompt, prompt.seed) for prompt in prompts]
+    wanted = [read_description(prompt.scene) for prompt in prompts if prompt.scene]
+    print(f"\nadherence of tiny, {len(wanted)} prompts")
+    for name, sampling in (("exact", Sampling()), ("fast", fast(Sampling()))):
+        drawn = zip(painter.draw(requests, sampling), wanted, strict=True)
+        right = sum(shows(pixels, description) for pixels, description in drawn)
+        print(f"{name:>24} {right / len(wanted):7.4f}")
 
 
 def memory() -> None:

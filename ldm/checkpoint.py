@@ -8,17 +8,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, write_json
 from ldm.errors import UserError
+from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
 PARTS = ("weights", "ema", "optimizer")
@@ -27,12 +31,27 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after ``step`` optimizer steps: three sets of tensors by name."""
+    """The state after ``step`` optimizer steps: three sets of tensors by name.
+
+    ``val_loss``: of the averaged weights, where this step was validated.
+    """
 
     step: int
     weights: Tensors
     ema: Tensors
     optimizer: Tensors
+    val_loss: float | None = None
+
+    def copied(self) -> Checkpoint:
+        """The same state in memory of its own, on the CPU."""
+        parts = {
+            part: {
+                name: tensor.detach().to("cpu", copy=True).contiguous()
+                for name, tensor in getattr(self, part).items()
+            }
+            for part in PARTS
+        }
+        return Checkpoint(self.step, **parts, val_loss=self.val_loss)
 
 
 @dataclass(frozen=True)
@@ -57,8 +76,8 @@ def describe(run: Path, model: Model) -> None:
 
 def averaged(folder: Path) -> tuple[Model, Tensors]:
     """A checkpoint's averaged weights, and their model; UserError if it is not whole."""
-    if not is_whole(folder):
-        raise UserError(f"{folder}: is no whole checkpoint; give another, or train again")
+    if damage := damage_of(folder):
+        raise UserError(f"{damage}: give another checkpoint, or train again")
     about = folder.parent / MODEL
     if not about.is_file():
         raise UserError(f"{about}: is not there; give a checkpoint in the folder of its run")
@@ -66,37 +85,70 @@ def averaged(folder: Path) -> tuple[Model, Tensors]:
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write aside, sync, rename into place; then remove all but the newest ``keep``."""
+    """Write aside, sync, rename into place; then remove all but the newest ``keep`` and the best.
+
+    UserError if the disk does not take it; the earlier ones are left as they are.
+    """
     target = run / f"step-{checkpoint.step:08d}"
     fresh = run / f".{target.name}.writing"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    files = {}
-    for part in PARTS:
-        path = fresh / f"{part}.safetensors"
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in getattr(checkpoint, part).items()},
-            path,
-        )
-        _sync(path)
-        files[path.name] = digest_file(path)
-    write_json(fresh / STATE, {"step": checkpoint.step, "files": files})
-    _sync(fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
-    _sync(run)
-    for old in folders(run)[:-keep]:
-        shutil.rmtree(old)
+    for leftover in run.glob(".step-*.writing"):
+        shutil.rmtree(leftover)
+    try:
+        fresh.mkdir(parents=True)
+        _write(fresh, checkpoint)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+        _sync(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(
+            f"{target}: the checkpoint could not be written ({error}); make room and run the same "
+            "command again"
+        ) from error
+    _prune(run, keep)
     return target
 
 
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    files = {}
+    for part in PARTS:
+        path = folder / f"{part}.safetensors"
+        save_file(getattr(checkpoint, part), path)
+        _sync(path)
+        files[path.name] = digest_file(path)
+    state = {"step": checkpoint.step, "val_loss": checkpoint.val_loss, "files": files}
+    write_json(folder / STATE, state)
+    _sync(folder)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` and the one with the lowest validation loss."""
+    found = folders(run)
+    losses = {folder: _val_loss(folder) for folder in found}
+    best = min(found, key=losses.__getitem__)
+    for old in found[:-keep]:
+        if old != best or losses[old] == math.inf:
+            shutil.rmtree(old)
+
+
+def _val_loss(folder: Path) -> float:
+    """A checkpoint's validation loss; infinite where it has none."""
+    try:
+        loss = json.loads((folder / STATE).read_text())["val_loss"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return math.inf if loss is None else float(loss)
+
+
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; damaged ones are passed over."""
+    """The newest checkpoint that is whole, or None; damaged ones are named and passed over."""
     for folder in reversed(folders(run)):
-        if is_whole(folder):
-            step = json.loads((folder / STATE).read_text())["step"]
-            parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
-            return Checkpoint(step, **parts)
+        if damage := damage_of(folder):
+            say(f"train: {damage}; going on from an earlier checkpoint, if there is one")
+            continue
+        state = json.loads((folder / STATE).read_text())
+        parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
+        return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
     return None
 
 
@@ -105,16 +157,48 @@ def folders(run: Path) -> list[Path]:
     return sorted(run.glob("step-*"))
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file is there with the bytes that were written."""
+def damage_of(folder: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written; None if it is whole."""
     try:
         files = json.loads((folder / STATE).read_text())["files"]
     except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (folder / name).is_file() and digest_file(folder / name) == digest
-        for name, digest in files.items()
-    )
+        return f"{folder / STATE} is missing or altered"
+    for name, digest in files.items():
+        if not (folder / name).is_file() or digest_file(folder / name) != digest:
+            return f"{folder / name} is missing or altered"
+    return None
+
+
+class Saver:
+    """Writes checkpoints beside the training, one at a time.
+
+    An error of writing is raised by the next call, or on leaving.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[Path] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the state and return; it is written while the training goes on."""
+        self.wait()
+        self._pending = self._pool.submit(save, self._run, checkpoint.copied(), self._keep)
+
+    def wait(self) -> None:
+        """Until the last one is on disk."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

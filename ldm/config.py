@@ -175,8 +175,11 @@ class Train(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 20
     validate_every: Count = 200
-    checkpoint_every: Count = 300
+    checkpoint_every: Count = 200
     keep_checkpoints: Count = 2
+    """The newest ones; the best by validation loss stays too."""
+    max_skipped: Count = 10
+    """Steps in a row that may be skipped because their loss or gradient is not finite."""
     accelerate: str = "infra/accelerate/cpu.yaml"
     """Configuration for ``accelerate launch``."""
 

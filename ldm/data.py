@@ -84,6 +84,10 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def key(self, sample: int) -> str:
+        """The name of the sample in the shards, and of its row in the ingest's tables."""
+        return self._keys[sample]
+
     def moments(self, sample: int) -> np.ndarray:
         """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
         return from_npy(self._samples.read(self._keys[sample], MOMENTS))
@@ -120,7 +124,7 @@ class TrainingBatches(Dataset[Batch]):
         self.cache, self.seed, self.batch_size = cache, seed, batch_size
         self.timesteps, self.timestep_shift = timesteps, timestep_shift
         self.caption_dropout = caption_dropout
-        self.rank, self.share = rank, batch_size // processes
+        self.rank, self.processes, self.share = rank, processes, batch_size // processes
 
     def __getitem__(self, micro_batch: int) -> Batch:
         first = micro_batch * self.batch_size + self.rank * self.share
@@ -130,9 +134,19 @@ class TrainingBatches(Dataset[Batch]):
         """The batch of these positions."""
         return _stack([self._row(position) for position in positions])
 
-    def _row(self, position: int) -> Row:
+    def keys(self, step: int, accumulation: int) -> list[str]:
+        """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
+        first = step * accumulation * self.batch_size
+        places = np.arange(accumulation * self.batch_size)
+        by_process = places.reshape(accumulation, self.processes, self.share).swapaxes(0, 1)
+        return [self.cache.key(self._sample(first + int(place))) for place in by_process.flat]
+
+    def _sample(self, position: int) -> int:
         epoch, place = divmod(position, len(self.cache))
-        sample = int(order(self.seed, epoch, len(self.cache))[place])
+        return int(order(self.seed, epoch, len(self.cache))[place])
+
+    def _row(self, position: int) -> Row:
+        sample = self._sample(position)
         rng = counter_based(self.seed, TRAIN, position)
         latents = self.cache.latents(sample, rng)
         noise = rng.standard_normal(latents.shape, dtype=np.float32)

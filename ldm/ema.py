@@ -8,22 +8,21 @@ import torch
 class Ema:
     """Keeps an average of a module's parameters in float32, on their device.
 
-    The decay rises with the number of updates, ``min(decay, (1 + n) / (10 + n))``, so that a short
-    run is not held at its start (as in TensorFlow's ``ExponentialMovingAverage``).
+    The decay rises with the optimizer step, ``min(decay, (1 + n) / (10 + n))``, so that a short run
+    is not held at its start (as in TensorFlow's ``ExponentialMovingAverage``).
     """
 
-    def __init__(self, module: torch.nn.Module, decay: float, updates: int = 0) -> None:
-        self.decay, self.updates = decay, updates
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
         self.average = {
             name: parameter.detach().float().clone()
             for name, parameter in module.named_parameters()
         }
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Move the average towards the module's present weights."""
-        self.updates += 1
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        """Move the average towards the weights after optimizer step ``step``, 1 for the first."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
         present = dict(module.named_parameters())
         torch._foreach_lerp_(
             list(self.average.values()),

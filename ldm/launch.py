@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
+from subprocess import CalledProcessError
+from types import FrameType
 
+import psutil
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ldm.config import Params
 from ldm.errors import UserError
@@ -18,7 +23,8 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
     """Run ``ldm.train`` with the accelerate configuration that the settings name.
 
     The version behind an alias in ``train.init`` is fixed here, and kept with the model. Raises
-    :class:`SystemExit` with the trainer's own exit code when it fails; it has said why.
+    :class:`SystemExit` with the trainer's own exit code when it fails; it has said why. SIGTERM and
+    Ctrl-C go on to the trainer, which saves and leaves.
     """
     config = Path(params.train.accelerate)
     if not config.is_file():
@@ -36,12 +42,40 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
         "out": str(out),
         "runs": str(runs),
     }
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
-        # Left to itself, accelerate gives a lone CPU process one thread.
-        *("--num_cpu_threads_per_process", str(max(1, len(os.sched_getaffinity(0)) // processes))),
+    os.environ["LDM_TRAIN"] = json.dumps(request)
+    # Left to itself, accelerate gives a lone CPU process one thread.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    code = _launched(
+        *("--config_file", str(config), "--num_cpu_threads_per_process", str(threads)),
         *("-m", "ldm.train"),
-    ]
-    done = subprocess.run(command, env={**os.environ, "LDM_TRAIN": json.dumps(request)})
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    )
+    if code:
+        raise SystemExit(code)
+
+
+def _launched(*arguments: str) -> int:
+    """The exit code of ``accelerate launch``'s processes, by the shell's convention."""
+    before = {number: signal.signal(number, _forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except CalledProcessError as failed:
+        code = failed.returncode
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+    except SignalException as stopped:
+        code = -stopped.sigval
+    else:
+        code = 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _forward(number: int, _: FrameType | None) -> None:
+    """Ask the trainer to stop; leave where there is none yet."""
+    children = psutil.Process().children()
+    if not children:
+        raise SystemExit(128 + number)
+    for child in children:
+        child.terminate()

@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import ldm.checkpoint
 from ldm.checkpoint import (
     Checkpoint,
+    Saver,
+    damage_of,
     folders,
-    is_whole,
     newest,
     optimizer_tensors,
     restore_optimizer,
     save,
 )
+from ldm.errors import UserError
 
 
-def at(step: int) -> Checkpoint:
+def at(step: int, val_loss: float | None = None) -> Checkpoint:
     tensors = {"weight": torch.full((3, 2), float(step))}
-    return Checkpoint(step, tensors, tensors, {"0.step": torch.tensor(float(step))})
+    return Checkpoint(step, tensors, tensors, {"0.step": torch.tensor(float(step))}, val_loss)
+
+
+class Killed(BaseException):
+    """Nothing of the program runs after it."""
+
+
+CALLS = ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "rmdir"))
+CALLS += ((os, "unlink"), (os, "open"), (ldm.checkpoint, "save_file"))
+
+
+@contextmanager
+def failing(number: int, error: BaseException) -> Iterator[list[str]]:
+    """The ``number``-th call into the file system, counted from 0, fails, and after a kill all do.
+
+    Yields the names of the calls made.
+    """
+    made: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                made.append(name)
+                past = len(made) - 1 - number
+                if past == 0 or (past > 0 and isinstance(error, Killed)):
+                    raise error
+                return call(*arguments, **options)
+
+            return run
+
+        for module, name in CALLS:
+            patch.setattr(module, name, wrapped(name, getattr(module, name)))
+        yield made
 
 
 def test_newest_comes_back(tmp_path: Path) -> None:
@@ -33,7 +76,9 @@ def test_newest_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "no state"])
-def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_one_is_passed_over(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(tmp_path, at(10), keep=3)
     latest = save(tmp_path, at(20), keep=3)
     weights = latest / "ema.safetensors"
@@ -46,9 +91,88 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
         weights.unlink()
     else:
         (latest / "state.json").write_text("{")
-    assert not is_whole(latest)
+    assert str(latest) in (damage_of(latest) or "")
     found = newest(tmp_path)
     assert found is not None and found.step == 10
+    assert str(latest) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
+def test_a_fault_at_any_call_leaves_a_whole_newest(tmp_path: Path, error: BaseException) -> None:
+    for number in range(100):
+        run = tmp_path / str(number)
+        for step in (10, 20):
+            save(run, at(step), keep=2)
+        with failing(number, error) as made:
+            try:
+                save(run, at(30), keep=1)
+                went_through = len(made) <= number
+            except (UserError, OSError, Killed):
+                went_through = False
+        found = newest(run)
+        assert found is not None and found.step in (20, 30)
+        assert torch.equal(found.weights["weight"], at(found.step).weights["weight"])
+        save(run, at(40), keep=1)
+        assert [one.name for one in run.iterdir()] == ["step-00000040"]
+        if went_through:
+            assert number > 10
+            return
+    raise AssertionError("never went through")
+
+
+def test_a_full_disk_is_said_and_the_earlier_ones_stay(tmp_path: Path) -> None:
+    save(tmp_path, at(10), keep=1)
+    with (
+        failing(3, OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(UserError, match=r"step-00000020: .*No space left.*make room"),
+    ):
+        save(tmp_path, at(20), keep=1)
+    assert [one.name for one in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    for step, loss in ((10, 0.5), (20, 0.2), (30, None), (40, 0.3), (50, None)):
+        save(tmp_path, at(step, loss), keep=1)
+    assert [one.name for one in folders(tmp_path)] == ["step-00000020", "step-00000050"]
+    found = newest(tmp_path)
+    assert found is not None and found.step == 50
+
+
+def test_it_is_saved_as_it_was_while_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, go_on = at(10), threading.Event()
+
+    def held_up(*arguments: Any) -> Path:
+        go_on.wait()
+        return save(*arguments)
+
+    monkeypatch.setattr(ldm.checkpoint, "save", held_up)
+    with Saver(tmp_path, keep=1) as saver:
+        saver.save(state)
+        state.weights["weight"].zero_()
+        go_on.set()
+    found = newest(tmp_path)
+    assert found is not None and torch.equal(found.weights["weight"], at(10).weights["weight"])
+
+
+def test_an_error_of_saving_is_not_lost(tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("a file where the run's folder belongs")
+    with pytest.raises(UserError, match="make room"), Saver(tmp_path, keep=1) as saver:
+        saver.save(at(10))
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    folder = save(tmp_path, at(10), keep=1)
+    for name in ("optimizer.pt", "random_states_0.pkl", "ema.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Planted()))
+    assert newest(tmp_path) is None
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_half_written_one_does_not_count(tmp_path: Path) -> None:

@@ -6,26 +6,25 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from launched import SHORT, launch, wait_for
 from safetensors.torch import load_file
 
 from ldm.artifacts import opening
 from ldm.config import Pretrained, Sampling, Train
+from ldm.data import LatentCache
 from ldm.errors import UserError
 from ldm.models import Source
 from ldm.sampling import Painter, Request
 from ldm.train import train
-
-ROOT = Path(__file__).resolve().parent.parent
-SHORT = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 6, "log_every": 2}
 
 
 def run_here(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Path:
@@ -93,7 +92,7 @@ def test_a_checkpoint_draws_what_the_finished_model_draws(
     ]
     assert np.array_equal(drawn[0], drawn[1])
     (checkpoint / "ema.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is no whole checkpoint"):
+    with pytest.raises(UserError, match=r"ema.safetensors is missing or altered"):
         Painter.load(Source(str(checkpoint)))
 
 
@@ -119,20 +118,84 @@ def test_latents_of_another_vae_are_refused(pipeline: Path, latents: Path, tmp_p
         run_here(other, latents, tmp_path)
 
 
-def launch(pipeline: Path, latents: Path, folder: Path) -> subprocess.Popen[bytes]:
-    overrides = {
-        **SHORT,
-        "steps": 60,
-        "checkpoint_every": 10,
-        "mixed_precision": "no",
-    }
-    command = [sys.executable, "-m", "ldm.cli", "train", "--params", str(ROOT / "params.yaml")]
-    command += ["--latents", str(latents), "--out", str(folder / "model")]
-    command += ["--runs", str(folder / "runs"), "--set", f"pretrained.pipeline={pipeline}"]
-    for key, value in overrides.items():
-        command += ["--set", f"train.{key}={value}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[LatentCache, int], bool]) -> None:
+    """Latents of samples that are spoilt come out as NaN."""
+    whole = LatentCache.latents
+
+    def latents(cache: LatentCache, sample: int, rng: np.random.Generator) -> np.ndarray:
+        drawn = whole(cache, sample, rng)
+        return drawn * np.nan if spoilt(cache, sample) else drawn
+
+    monkeypatch.setattr(LatentCache, "latents", latents)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_a_finite_gradient_changes_nothing(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accumulation: int,
+) -> None:
+    spoil(
+        monkeypatch, lambda cache, sample: (cache.split, cache.key(sample)) == ("train", "00000007")
+    )
+    model = run_here(pipeline, latents, tmp_path, accumulation=accumulation, log_every=1)
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+    log = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
+    skipped = {line["step"]: line["skipped"] for line in log if "skipped" in line}
+    # Twelve steps of 8 show each of the 48 samples twice.
+    assert len(skipped) == 2 and set(map(tuple, skipped.values())) == {("00000007",)}
+    assert {line["step"] for line in log if "loss" in line} == set(range(1, 13)) - set(skipped)
+    (newest,) = tmp_path.glob("runs/*/step-00000012")
+    optimizer = load_file(newest / "optimizer.safetensors")
+    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {10}
+
+
+def test_a_training_without_finite_gradients_stops(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda cache, _: cache.split == "train")
+    with pytest.raises(UserError, match=r"step 4: no finite loss .* 4 steps in a row"):
+        run_here(pipeline, latents, tmp_path, max_skipped=3)
+    assert not (tmp_path / "model").exists()
+
+
+def test_validation_is_the_same_whatever_the_batch_size(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    found = []
+    for size in (8, 24):
+        model = run_here(
+            pipeline, latents, tmp_path / str(size), batch_size=size, learning_rate=1e-12, steps=1
+        )
+        found.append(json.loads((model / "log.jsonl").read_text().splitlines()[-1]))
+    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-5)
+    assert found[0]["val_loss_bands"] == pytest.approx(found[1]["val_loss_bands"], rel=1e-5)
+    # Each sample is seen at timesteps of every band alike.
+    assert np.mean(found[0]["val_loss_bands"]) == pytest.approx(found[0]["val_loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    settings = {"steps": 400, "checkpoint_every": 1000, "validate_every": 1000, "workers": 1}
+    process = launch(pipeline, latents, tmp_path / "stopped", **settings)
+    logs = partial(tmp_path.glob, "stopped/runs/*/log.jsonl")
+    wait_for(lambda: any('"step": 10' in log.read_text() for log in logs()), process)
+    asked = time.monotonic()
+    process.terminate()
+    assert process.wait() == 143
+    assert time.monotonic() - asked < 30
+    (saved,) = tmp_path.glob("stopped/runs/*/step-*")
+    assert 10 <= int(saved.name.removeprefix("step-")) < 400
+    assert launch(pipeline, latents, tmp_path / "stopped", **settings).wait() == 0
+    assert launch(pipeline, latents, tmp_path / "straight", **settings).wait() == 0
+    stopped, straight = (
+        opening(tmp_path / name / "model", "model", "train") for name in ("stopped", "straight")
+    )
+    assert stopped.files == straight.files
 
 
 @pytest.mark.slow
@@ -141,10 +204,7 @@ def test_killed_and_launched_again_it_ends_in_the_same_bytes(
 ) -> None:
     assert launch(pipeline, latents, tmp_path / "straight").wait() == 0
     process = launch(pipeline, latents, tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/runs/*/step-00000010")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: list(tmp_path.glob("killed/runs/*/step-00000010")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "model").exists()

@@ -1,0 +1,49 @@
+"""A SIGTERM or Ctrl-C that asks a training to stop, where it would have killed it."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from types import FrameType
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+
+
+class Termination:
+    """Remembers the first signal that asked; the training looks after every step.
+
+    Entered, it takes the signals over; left, it gives them back.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Termination:
+        self._before = {number: signal.signal(number, self._asked) for number in ASKING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, _: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+    @property
+    def exit_code(self) -> int:
+        """By the shell's convention: 143 after SIGTERM, 130 after Ctrl-C."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+def ask_when_orphaned() -> None:
+    """Have SIGTERM sent to this process when its parent dies, however that dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def ignore(_: int = 0) -> None:
+    """Leave the signals to the parent: for a training's worker processes, by worker number."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,218 @@
+"""The training loop: the same optimizer steps, however often it is stopped in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ldm import checkpoint
+from ldm.config import Train
+from ldm.data import Batch, LatentCache, TrainingBatches, validation_batches
+from ldm.denoiser import Denoiser
+from ldm.ema import Ema
+from ldm.errors import UserError
+from ldm.objective import Objective
+from ldm.progress import progress
+from ldm.run_log import RunLog
+from ldm.schedule import cosine_with_warmup
+from ldm.termination import Termination, ignore
+
+LOG = "log.jsonl"
+BANDS = 4
+"""Equal parts of the timesteps, from the least noisy, that validation is told apart by."""
+
+
+class Trainer:
+    """What a run changes, and its way from the newest checkpoint to the last step.
+
+    ``denoiser`` is trained in place; ``ema`` holds its averaged weights.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Train,
+        objective: Objective,
+        cache: LatentCache,
+        held_out: LatentCache,
+        denoiser: Denoiser,
+        run: Path,
+    ) -> None:
+        self.accelerator, self.config, self.objective = accelerator, config, objective
+        self.cache, self.held_out, self.folder = cache, held_out, run
+        self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
+        self.prepared, self.optimizer = accelerator.prepare(denoiser, _optimizer(config, denoiser))
+        self.ema = Ema(denoiser, config.ema_decay)
+        self.batches = TrainingBatches(
+            cache,
+            seed=config.seed,
+            batch_size=config.batch_size // config.accumulation,
+            timesteps=len(objective.levels),
+            timestep_shift=config.timestep_shift,
+            caption_dropout=config.caption_dropout,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        self._skipped_in_a_row = 0
+
+    def run(self, termination: Termination) -> bool:
+        """Train to the last step; False if a signal stopped it before.
+
+        Either way the last step taken is on disk. UserError after ``max_skipped`` steps in a row
+        whose loss or gradient is not finite.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        first = self._resume()
+        log = RunLog(self.folder / LOG, first, writes=main)
+        micro_batches = self._micro_batches(first)
+        bar = progress(range(first, config.steps), "train", config.steps, "steps", done=first)
+        bar.disable = not main
+        with checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
+            for step in bar:
+                rate = self._set_rates(step)
+                loss, norm, stopping = self._step(step, micro_batches, termination, log)
+                done = step + 1
+                if done % config.log_every == 0 and math.isfinite(loss + norm):
+                    log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
+                    shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
+                    bar.set_postfix_str(shown, refresh=False)
+                last = done == config.steps
+                val_loss = None
+                if last or done % config.validate_every == 0:
+                    validated = self._validate()
+                    log.write({"step": done, **validated})
+                    val_loss = validated["val_loss"]
+                if main and (last or stopping or done % config.checkpoint_every == 0):
+                    saver.save(self._checkpoint(done, val_loss))
+                if stopping and not last:
+                    return False
+        return True
+
+    def _set_rates(self, step: int) -> float:
+        """Set the learning rates of a step; the UNet's."""
+        config = self.config
+        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return factor * config.learning_rate
+
+    def _step(
+        self, step: int, micro_batches: Iterator[Batch], termination: Termination, log: RunLog
+    ) -> tuple[float, float, bool]:
+        """One optimizer step: mean loss, gradient norm before clipping, whether to stop.
+
+        A step whose gradient is not finite changes nothing. All processes see the same figures, and
+        so decide alike.
+        """
+        accelerator = self.accelerator
+        losses = []
+        for _ in range(self.config.accumulation):
+            batch = next(micro_batches).to(accelerator.device)
+            with accelerator.accumulate(self.prepared), accelerator.autocast():
+                each = self.objective.loss(self.prepared, batch)
+                accelerator.backward(each.mean())
+            losses.append(each.detach())
+        norm = accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
+        asked = torch.tensor(float(termination.signal is not None), device=norm.device)
+        seen = torch.stack((torch.stack(losses).mean(), asked))
+        loss, stopping = accelerator.reduce(seen, "mean").tolist()
+        finite = bool(torch.isfinite(norm))
+        # A scaler finds its scale by overflowing, and skips such steps itself.
+        if finite or accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.ema.update(self.denoiser, step + 1)
+            self._skipped_in_a_row = 0
+        elif accelerator.scaler is None or not math.isfinite(loss):
+            self._note_skipped(step, losses, log)
+        return round(loss, 6), round(float(norm), 4), stopping > 0
+
+    def _note_skipped(self, step: int, losses: list[torch.Tensor], log: RunLog) -> None:
+        """Log which samples' losses are not finite, or all of the step's if each one is."""
+        keys = self.batches.keys(step, len(losses))
+        bad = ~torch.isfinite(self.accelerator.gather(torch.stack(losses)).flatten())
+        suspects = [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad] or keys
+        log.write({"step": step + 1, "skipped": suspects})
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self.config.max_skipped:
+            raise UserError(
+                f"step {step + 1}: no finite loss or gradient for {self._skipped_in_a_row} steps "
+                f"in a row; {self.folder / LOG} names the samples; lower train.learning_rate, or "
+                "compute in float32 (train.mixed_precision: no)"
+            )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Mean loss of the averaged weights over the validation split, the same draws every time.
+
+        In all, and by band of timesteps.
+        """
+        self.ema.swap(self.denoiser)
+        self.denoiser.eval()
+        losses, bands = [], []
+        timesteps = len(self.objective.levels)
+        for batch in validation_batches(
+            self.held_out,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            timesteps=timesteps,
+        ):
+            with self.accelerator.autocast():
+                losses.append(
+                    self.objective.loss(self.denoiser, batch.to(self.accelerator.device)).cpu()
+                )
+            bands.append(batch.timesteps * BANDS // timesteps)
+        self.denoiser.train()
+        self.ema.swap(self.denoiser)
+        loss, band = torch.cat(losses), torch.cat(bands)
+        by_band = [round(float(loss[band == number].mean()), 6) for number in range(BANDS)]
+        return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": by_band}
+
+    def _micro_batches(self, first: int) -> Iterator[Batch]:
+        """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
+        config = self.config
+        numbers = range(first * config.accumulation, config.steps * config.accumulation)
+        loader = DataLoader(
+            self.batches,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=config.workers,
+            worker_init_fn=ignore,
+        )
+        return iter(loader)
+
+    def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
+        optimizer = checkpoint.optimizer_tensors(self.optimizer)
+        weights = self.denoiser.state_dict()
+        return checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
+
+    def _resume(self) -> int:
+        """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
+        found = checkpoint.newest(self.folder)
+        if found is None:
+            return 0
+        self.denoiser.load_state_dict(found.weights)
+        device = self.accelerator.device
+        self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
+        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+        return found.step
+
+
+def _optimizer(config: Train, denoiser: Denoiser) -> torch.optim.Optimizer:
+    """AdamW, each part at its own rate: ``peak`` in its group."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(denoiser.unet.parameters()), "peak": config.learning_rate}
+    ]
+    if denoiser.text_encoder is not None:
+        parameters = list(denoiser.text_encoder.parameters())
+        groups.append({"params": parameters, "peak": config.text_learning_rate})
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )

@@ -1,0 +1,94 @@
+"""A training that is killed again and again, anywhere, ends in the bytes of one that was not.
+
+``make test-slow`` runs this; each seed is another sequence of kills.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
+from launched import launch
+
+from ldm.artifacts import opening
+
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
+
+KILLS = 10
+SETTINGS = {"steps": 120, "checkpoint_every": 4, "validate_every": 12, "log_every": 1}
+CASES = {
+    "one process": {"workers": 1, "accumulation": 2},
+    "text encoder too": {"text_learning_rate": 1e-4},
+    "two processes": {"accelerate": "infra/accelerate/cpu-ddp.yaml", "accumulation": 2},
+}
+
+
+def kill_ldm(process: Popen[bytes]) -> None:
+    process.kill()
+
+
+def kill_group(process: Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_trainer(process: Popen[bytes]) -> None:
+    for trainer in psutil.Process(process.pid).children()[-1:]:
+        trainer.kill()
+
+
+def terminate(process: Popen[bytes]) -> None:
+    process.terminate()
+
+
+def stop_and_kill(process: Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+CODES: dict[Callable[[Popen[bytes]], None], tuple[int, ...]] = {
+    kill_ldm: (-signal.SIGKILL,),
+    kill_group: (-signal.SIGKILL,),
+    kill_trainer: (128 + signal.SIGKILL,),
+    terminate: (128 + signal.SIGTERM,),
+    stop_and_kill: (-signal.SIGKILL,),
+}
+"""What ``ldm train`` ends with, by way of killing it."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    pipeline: Path, latents: Path, tmp_path: Path, case: str
+) -> None:
+    rng = random.Random(case)
+    settings = {**SETTINGS, **CASES[case]}
+    assert launch(pipeline, latents, tmp_path / "straight", **settings).wait() == 0
+    ways = [way for way, _ in zip(cycle(CODES), range(KILLS), strict=False)]
+    rng.shuffle(ways)
+    for number, way in enumerate(ways):
+        process = launch(pipeline, latents, tmp_path / "killed", **settings)
+        wanted = SETTINGS["steps"] * (number + 1) // (KILLS + 1)
+        while steps_done(tmp_path / "killed") < wanted:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        way(process)
+        assert process.wait() in CODES[way]
+    assert launch(pipeline, latents, tmp_path / "killed", **settings).wait() == 0
+    straight, killed = (
+        opening(tmp_path / name / "model", "model", "train") for name in ("straight", "killed")
+    )
+    assert straight.files == killed.files
+
+
+def steps_done(folder: Path) -> int:
+    """Lines of the log, one a step."""
+    return sum(log.read_text().count('"loss"') for log in folder.glob("runs/*/log.jsonl"))
