@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +34,7 @@ from ldm.scenes.render import draw
 from ldm.shards import ShardWriter
 from ldm.text import tokenize
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SETTINGS = {"batch_size": 4, "samples_per_shard": 5}
 ROWS = 9
@@ -335,3 +341,45 @@ def test_what_is_not_finite_is_named(project: Project) -> None:
     with pytest.raises(UserError, match=r"train sample 00000000: .* not finite"):
         project.encode()
     assert not project.out.exists()
+
+
+def launch(project: Project) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ldm.cli", "encode", "--params", str(ROOT / "params.yaml")]
+    for name in ("images", "out", "runs"):
+        command += [f"--{name}", str(getattr(project, name))]
+    command += ["--set", f"pretrained.pipeline={project.pipeline}"]
+    for key, value in project.settings.items():
+        command += ["--set", f"encode.{key}={value}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def wait_for_pieces(project: Project, process: subprocess.Popen[bytes], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(project.runs.glob("encoded/*.safetensors"))) < count:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_and_ends_in_the_same_bytes(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project(tmp_path, pipeline)
+    many = {f"{row:08d}": (picture(row), f"{row}") for row in range(4 * encoded.PIECE)}
+    write_images(project.images, many)
+    process = launch(project)
+    wait_for_pieces(project, process, 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not project.out.exists()
+    done = len(list(project.runs.glob("encoded/*.safetensors"))) * encoded.PIECE
+    project.encode()
+    assert encoded_in(capsys.readouterr().out) == (len(many) - done, len(many) + 2)
+    project.assert_as_if_clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "clean",
+        "images",
+        "latents",
+        "runs",
+    ]
