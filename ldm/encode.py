@@ -16,29 +16,41 @@ from pathlib import Path
 import numpy as np
 from transformers import CLIPTokenizer
 
-from ldm.artifacts import opening, writing
+from ldm.artifacts import Manifest, opening, writing
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of
 from ldm.encoded import Encoded
 from ldm.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
 from ldm.latents import ABOUT, IDS, MOMENTS, STATES, TEXTS, text_key, to_npy
+from ldm.locks import held
 from ldm.models import digests, load_encoders, locate
 from ldm.progress import progress, say
 from ldm.shards import ShardReader, ShardWriter
 from ldm.text import tokenize
 
 SPLITS = ("train", "validation")
-ENCODED = "encoded"
+ENCODED, LOCK = "encoded", "lock"
 
 
 def encode(config: Encode, pretrained: Pretrained, images: Path, out: Path, runs: Path) -> None:
     """Encode the images artifact into a latents artifact (see :mod:`ldm.latents`).
 
     ``runs/encoded`` keeps what was encoded, for the next run, or for this one if it is killed.
+    UserError while another process encodes into ``out``, or with these ``runs``.
     """
     pictures = opening(images, "images", "ingest")
-    extension = pictures.config["image_format"]
+    store = runs / ENCODED
+    with (
+        held(out.with_name(f".{out.name}.lock"), f"{out}: another process encodes it; wait for it"),
+        held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
+    ):
+        _encode(config, pretrained, pictures, out, Encoded(store))
+
+
+def _encode(
+    config: Encode, pretrained: Pretrained, images: Manifest, out: Path, known: Encoded
+) -> None:
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     settings = {
         "compute": config.compute,
@@ -46,16 +58,16 @@ def encode(config: Encode, pretrained: Pretrained, images: Path, out: Path, runs
         "scaling_factor": encoders.vae.config.scaling_factor,
         "shift_factor": encoders.vae.config.shift_factor or 0.0,
     }
-    inputs = {"images": pictures.digest, **digests(encoders)}
+    inputs = {"images": images.digest, **digests(encoders)}
     device = device_of()
     of_picture = picture_encoder(encoders.vae, config, device)
     of_text = text_encoder(encoders.text_encoder, config, device)
-    known = Encoded(runs / ENCODED)
+    extension = images.config["image_format"]
     counts: dict[str, int] = {}
     with writing(out, "latents", config=settings, inputs=inputs, counts=counts) as fresh:
         captions = {""}
         for split in SPLITS:
-            reader = ShardReader(images, split, frozenset({extension, "json"}))
+            reader = ShardReader(images.path, split, frozenset({extension, "json"}))
             counts[split] = len(reader)
             with ShardWriter(fresh, split, config.samples_per_shard) as shards:
                 captions |= _encode_pictures(of_picture, known, reader, extension, shards)

@@ -28,6 +28,7 @@ from ldm.encoded import Encoded
 from ldm.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
 from ldm.images import encode_png
+from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
@@ -280,7 +281,7 @@ def forge(path: Path) -> None:
 def test_what_is_damaged_is_encoded_again_with_a_notice(
     project: Project, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
-    pieces = sorted((project.runs / "encoded").iterdir())
+    pieces = sorted(project.runs.glob("encoded/*.safetensors"))
     assert len(pieces) == 3  # Of training, validation, captions.
     for piece in pieces:
         damage(piece)
@@ -292,7 +293,7 @@ def test_what_is_damaged_is_encoded_again_with_a_notice(
 
 
 def stored(folder: Path) -> int:
-    return len(list((folder / "encoded").iterdir()))
+    return len(list(folder.glob("encoded/*.safetensors")))
 
 
 def test_what_the_last_run_did_not_use_is_forgotten(
@@ -343,6 +344,16 @@ def test_what_is_not_finite_is_named(project: Project) -> None:
     assert not project.out.exists()
 
 
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "new" / "lock"
+    with held(lock, "taken"), pytest.raises(UserError, match="taken"), held(lock, "taken"):
+        pass
+    with held(lock, "free again"):
+        lock.write_text("kept")
+    with held(lock, "free again"):
+        assert lock.read_text() == "kept"
+
+
 def launch(project: Project) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ldm.cli", "encode", "--params", str(ROOT / "params.yaml")]
     for name in ("images", "out", "runs"):
@@ -356,13 +367,13 @@ def launch(project: Project) -> subprocess.Popen[bytes]:
 
 def wait_for_pieces(project: Project, process: subprocess.Popen[bytes], count: int) -> None:
     deadline = time.monotonic() + 120
-    while len(list(project.runs.glob("encoded/*.safetensors"))) < count:
+    while stored(project.runs) < count:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_and_ends_in_the_same_bytes(
+def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = Project(tmp_path, pipeline)
@@ -370,16 +381,17 @@ def test_killed_it_goes_on_and_ends_in_the_same_bytes(
     write_images(project.images, many)
     process = launch(project)
     wait_for_pieces(project, process, 2)
+    with pytest.raises(UserError, match=r"latents: another process encodes it; wait"):
+        project.encode_into(project.out, tmp_path / "other-runs")
+    with pytest.raises(UserError, match=r"runs: another `ldm encode` uses it; .*--runs"):
+        project.encode_into(tmp_path / "other", project.runs)
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not project.out.exists()
-    done = len(list(project.runs.glob("encoded/*.safetensors"))) * encoded.PIECE
+    done = stored(project.runs) * encoded.PIECE
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (len(many) - done, len(many) + 2)
     project.assert_as_if_clean()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "clean",
-        "images",
-        "latents",
-        "runs",
-    ]
+    left = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock"))
+    assert left == ["clean", "images", "latents", "runs"]
