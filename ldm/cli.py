@@ -74,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         images=IMAGES,
         out=FIRST_STAGE,
     )
-    command("encode", _encode, "pictures and captions to latents", images=IMAGES, out=LATENTS)
+    command(
+        "encode", _encode, "pictures and captions to latents",
+        images=IMAGES, out=LATENTS, runs=RUNS,
+    )  # fmt: skip
     command("train", _train, "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS)
     command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
@@ -154,7 +157,7 @@ def _encode(options: argparse.Namespace) -> None:
     from ldm.encode import encode
 
     params = _params(options)
-    encode(params.encode, params.pretrained, options.images, options.out)
+    encode(params.encode, params.pretrained, options.images, options.out, options.runs)
 
 
 def _train(options: argparse.Namespace) -> None:

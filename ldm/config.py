@@ -115,6 +115,7 @@ class Encode(Section):
     """Pixels to posterior moments, captions to hidden states."""
 
     batch_size: Count = 64
+    """Of each thread, on a CPU. Another size gives other last bits: all is encoded again."""
     compute: Literal["float32", "bfloat16"] = "float32"
     storage: Literal["float32", "float16"] = "float32"
     samples_per_shard: Count = 5000

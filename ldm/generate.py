@@ -6,7 +6,6 @@ command after a kill skips what is published and draws the rest, to the same byt
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from ldm.artifacts import digest_file, digest_json, write_json, write_whole
 from ldm.device import settled
 from ldm.errors import UserError
 from ldm.images import encode_png
+from ldm.locks import held
 from ldm.models import digest_weights, locate
 from ldm.progress import progress, say
 from ldm.prompts import Wish, rows, wish
@@ -140,12 +140,8 @@ def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         if any(path.name != f".{JOB}.writing" for path in out.iterdir()):
             raise UserError(f"{out}: is not empty; give another --out")
         write_json(out / JOB, identity)
-    with (out / JOB).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process draws into it; wait for it") from error
-        known = json.load(file)
+    with held(out / JOB, f"{out}: another process draws into it; wait for it"):
+        known = json.loads((out / JOB).read_text())
         other = sorted(key for key in identity if known.get(key) != identity[key])
         if other:
             raise UserError(

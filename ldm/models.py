@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ldm.artifacts import digest_json
 from ldm.config import Pretrained
 from ldm.errors import UserError
 
@@ -89,6 +90,15 @@ class Encoders:
 def load_encoders(source: Source) -> Encoders:
     """The frozen parts of a pipeline, float32, in eval mode."""
     return Encoders(load_vae(source), *load_text_encoder(source))
+
+
+def digests(encoders: Encoders) -> dict[str, str]:
+    """What latents depend on, by part: of float32 weights, whatever they are computed in."""
+    return {
+        "vae": digest_weights(encoders.vae),
+        "text_encoder": digest_weights(encoders.text_encoder),
+        "tokenizer": digest_json(encoders.tokenizer.get_vocab()),
+    }
 
 
 def load_clip(source: Source) -> tuple[CLIPTokenizer, CLIPModel]:

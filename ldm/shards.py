@@ -79,7 +79,8 @@ class ShardReader:
         for key, members in self._members.items():
             if members.keys() != extensions:
                 missing = ", ".join(sorted(extensions - members.keys()))
-                raise UserError(f"{folder}: sample {key!r} lacks {missing}; make the shards again")
+                path = self.paths[next(iter(members.values())).shard]
+                raise UserError(f"{path}: sample {key!r} lacks {missing}; make the shards again")
         self._files: dict[int, int] = {}
 
     def _scan(self, shard: int, path: Path, extensions: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ from ldm.config import Pretrained, Train
 from ldm.data import LatentCache
 from ldm.denoiser import load_scheduler_config, load_unet
 from ldm.errors import UserError
-from ldm.models import Encoders, digest_weights, load_text_encoder, starting_model
+from ldm.models import Encoders, digest_weights, digests, load_text_encoder, starting_model
 from ldm.unet import Network, random_unet, run_by
 
 
@@ -48,11 +48,19 @@ def starting_point(
 
 def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
     """Latents of another autoencoder would train without an error, towards nothing."""
-    for part in ("vae", "text_encoder"):
-        if cache.manifest.inputs[part] != digest_weights(getattr(encoders, part)):
+    remedy = "run `ldm encode` again"
+    for part, digest in digests(encoders).items():
+        if cache.manifest.inputs.get(part) != digest:
             raise UserError(
                 f"{cache.manifest.path}: was encoded with another {part} than that of "
-                f"{pipeline}; run `ldm encode` again"
+                f"{pipeline}; {remedy}"
+            )
+    for name in ("scaling_factor", "shift_factor"):
+        cached, own = getattr(cache, name), encoders.vae.config[name] or 0.0
+        if cached != own:
+            raise UserError(
+                f"{cache.manifest.path}: has {name} {cached:g}, the vae of {pipeline} has {own:g}; "
+                f"{remedy}"
             )
 
 

@@ -82,9 +82,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, pipeline: Path) -> Path:
     """The latents artifact of ``images`` under ``pipeline``."""
-    folder = tmp_path_factory.mktemp("artifacts") / "latents"
-    encode(Encode(batch_size=16), Pretrained(pipeline=str(pipeline)), images, folder)
-    return folder
+    folder = tmp_path_factory.mktemp("artifacts")
+    out, runs = folder / "latents", folder / "runs"
+    encode(Encode(batch_size=16), Pretrained(pipeline=str(pipeline)), images, out, runs)
+    return out
 
 
 def scenes(split: str, count: int) -> np.ndarray:

@@ -105,6 +105,18 @@ def test_repro_and_flow_write_the_same_lock(reproduced: Path, retrained: Path) -
     assert (reproduced / "dvc.lock").read_bytes() == (retrained / "dvc.lock").read_bytes()
 
 
+def test_dvc_deletes_the_latents_and_they_are_not_encoded_again(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    project = shutil.copytree(reproduced, tmp_path / "project")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["encode"]["samples_per_shard"] = 7
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    said = call(project, "dvc", "repro", "-s", "encode")
+    assert said.count("(0 encoded, the rest reused)") == 2
+    assert len(list((project / "artifacts/latents").glob("train-*.tar"))) > 1
+
+
 def test_the_metrics_are_all_there(reproduced: Path) -> None:
     metrics = json.loads((reproduced / "artifacts/eval/metrics.json").read_text())
     shares = ("adherence", "adherence_new", "adherence_heldout")

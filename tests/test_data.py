@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.data import LatentCache, TrainingBatches, order, shifted, spread_share, validation_batches
-from ldm.encode import posterior_moments
+from ldm.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.images import psnr, to_pixels
 from ldm.models import Source, load_text_encoder, load_vae

@@ -72,7 +72,17 @@ def test_the_command_line_is_light() -> None:
     assert not HEAVY & set(loaded)
 
 
-ANYWHERE = {"artifacts", "cli", "config", "device", "errors", "params", "progress", "quiet"}
+ANYWHERE = {
+    "artifacts",
+    "cli",
+    "config",
+    "device",
+    "errors",
+    "locks",
+    "params",
+    "progress",
+    "quiet",
+}
 ANYWHERE |= {"registered", "tracking"}
 """What no stage's result depends on, or what its parameters cover."""
 

@@ -21,7 +21,7 @@ import ldm.evaluate as evaluation_stage
 import ldm.registry
 from ldm.artifacts import opening, write_json, write_whole, writing
 from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
-from ldm.encode import posterior_moments
+from ldm.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.evaluate import Judged, Prompt
 from ldm.first_stage.vae import build_vae, reconstruct

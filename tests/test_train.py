@@ -16,11 +16,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from launched import SHORT, launch, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import opening
-from ldm.config import Pretrained, Sampling, Train
+from ldm.config import Encode, Pretrained, Sampling, Train
 from ldm.data import LatentCache
+from ldm.encode import encode
 from ldm.errors import UserError
 from ldm.models import Source
 from ldm.sampling import Painter, Request
@@ -105,17 +106,65 @@ def test_accumulation_and_batch_give_the_same_step(
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=2e-4)
 
 
-def test_latents_of_another_vae_are_refused(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+def change_json(path: Path, key: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def other_vae(pipeline: Path) -> None:
+    path = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(path)
+    changed["decoder.conv_out.bias"] += 1
+    save_file(changed, path)
+
+
+def other_text_encoder(pipeline: Path) -> None:
+    path = pipeline / "text_encoder" / "model.safetensors"
+    changed = {name: 2 * weight for name, weight in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+
+
+def other_tokenizer(pipeline: Path) -> None:
+    path = pipeline / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (first, a), (second, b) = list(content["model"]["vocab"].items())[-2:]
+    content["model"]["vocab"] |= {first: b, second: a}
+    path.write_text(json.dumps(content))
+
+
+def other_scale(pipeline: Path) -> None:
+    change_json(pipeline / "vae" / "config.json", "scaling_factor", 0.25)
+
+
+def other_shift(pipeline: Path) -> None:
+    change_json(pipeline / "vae" / "config.json", "shift_factor", 0.125)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_vae, "latents: was encoded with another vae than that of .*other"),
+        (other_text_encoder, "was encoded with another text_encoder than"),
+        (other_tokenizer, "was encoded with another tokenizer than"),
+        (other_scale, r"has scaling_factor 0\.\d+, the vae of .*other has 0\.25"),
+        (other_shift, r"has shift_factor 0, the vae of .*other has 0\.125"),
+    ],
+)
+def test_stale_latents_are_refused(
+    pipeline: Path, latents: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(pipeline, other)
-    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
-    changed = load_file(vae)
-    changed["decoder.conv_out.bias"] += 1
-    from safetensors.torch import save_file
-
-    save_file(changed, vae)
-    with pytest.raises(UserError, match="another vae"):
+    change(other)
+    with pytest.raises(UserError, match=f"{message}.*; run `ldm encode` again"):
         run_here(other, latents, tmp_path)
+
+
+def test_latents_computed_in_bfloat16_are_of_the_same_encoders(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    config, out = Encode(compute="bfloat16"), tmp_path / "latents"
+    encode(config, Pretrained(pipeline=str(pipeline)), images, out, tmp_path / "runs")
+    assert run_here(pipeline, out, tmp_path, steps=2).is_dir()
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[LatentCache, int], bool]) -> None:
@@ -180,7 +229,7 @@ def test_validation_is_the_same_whatever_the_batch_size(
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
-    settings = {"steps": 400, "checkpoint_every": 1000, "validate_every": 1000, "workers": 1}
+    settings = {"steps": 200, "checkpoint_every": 1000, "validate_every": 1000, "workers": 1}
     process = launch(pipeline, latents, tmp_path / "stopped", **settings)
     logs = partial(tmp_path.glob, "stopped/runs/*/log.jsonl")
     wait_for(lambda: any('"step": 10' in log.read_text() for log in logs()), process)
@@ -189,7 +238,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(
     assert process.wait() == 143
     assert time.monotonic() - asked < 30
     (saved,) = tmp_path.glob("stopped/runs/*/step-*")
-    assert 10 <= int(saved.name.removeprefix("step-")) < 400
+    assert 10 <= int(saved.name.removeprefix("step-")) < 200
     assert launch(pipeline, latents, tmp_path / "stopped", **settings).wait() == 0
     assert launch(pipeline, latents, tmp_path / "straight", **settings).wait() == 0
     stopped, straight = (

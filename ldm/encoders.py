@@ -1,0 +1,118 @@
+"""The frozen encoders: each result is a function of its item alone, whatever is encoded beside it.
+
+The last bits of a result depend on the shape of its batch and, on a CPU, on how threads share that:
+of 63 pictures on two threads, each place gives others. So every batch is full, the last one filled
+up with copies, and on a CPU each is computed by one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel
+
+from ldm import images
+from ldm.artifacts import digest_file, digest_json
+from ldm.config import Encode
+from ldm.images import decode_image, to_model
+from ldm.models import digest_weights
+
+LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
+APPLIED_AT_LOAD = {"scaling_factor", "shift_factor"}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Items, as bytes, to an array of results (items, ...); equal fingerprints, equal results."""
+
+    run: Callable[[list[bytes]], np.ndarray]
+    basis: str
+    """Digest of all that decides a result beside the item."""
+    batch_size: int
+    device: torch.device
+
+    def fingerprint(self, item: bytes) -> str:
+        """sha256 over all that the item's result depends on."""
+        return hashlib.sha256(self.basis.encode() + item).hexdigest()
+
+    def results(self, items: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Each item's result, in order; a batch for each thread is held at a time."""
+        threads = torch.get_num_threads()
+        workers, threads_each = (threads, 1) if self.device.type == "cpu" else (1, threads)
+        pool = ThreadPoolExecutor(workers, "encode", torch.set_num_threads, (threads_each,))
+        try:
+            with pool:
+                for group in _parts(items, workers * self.batch_size):
+                    for results in pool.map(self._full, _parts(group, self.batch_size)):
+                        yield from results
+        finally:
+            torch.set_num_threads(threads)  # What a worker sets is in part the whole process's.
+
+    def _full(self, batch: list[bytes]) -> np.ndarray:
+        filling = [batch[-1]] * (self.batch_size - len(batch))
+        return self.run(batch + filling)[: len(batch)]
+
+
+def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) -> Encoder:
+    """A picture's encoded bytes to its posterior moments, in the type of storage."""
+    basis = _basis(vae, vae.config, config, __file__, images.__file__)
+    vae = vae.to(device, getattr(torch, config.compute))
+
+    def run(pictures: list[bytes]) -> np.ndarray:
+        pixels = np.stack([decode_image(picture) for picture in pictures])
+        return posterior_moments(vae, pixels, device).astype(config.storage)
+
+    return Encoder(run, basis, config.batch_size, device)
+
+
+def text_encoder(clip: CLIPTextModel, config: Encode, device: torch.device) -> Encoder:
+    """A caption's int64 token ids, as bytes, to its states (tokens, width), in that type."""
+    basis = _basis(clip, clip.config.to_dict(), config, __file__)
+    clip = clip.to(device, getattr(torch, config.compute))
+
+    @torch.no_grad()
+    def run(captions: list[bytes]) -> np.ndarray:
+        ids = np.stack([np.frombuffer(caption, np.int64) for caption in captions])
+        states = clip(torch.from_numpy(ids).to(device)).last_hidden_state
+        return states.float().cpu().numpy().astype(config.storage)
+
+    return Encoder(run, basis, config.batch_size, device)
+
+
+@torch.no_grad()
+def posterior_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> np.ndarray:
+    """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/8, w/8): mean above log-variance."""
+    inputs = to_model(pixels).to(device, vae.dtype)
+    return vae.encode(inputs).latent_dist.parameters.float().cpu().numpy()
+
+
+def _parts(items: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+def _basis(module: torch.nn.Module, shape: Mapping[str, Any], config: Encode, *code: str) -> str:
+    return digest_json(
+        {
+            "weights": digest_weights(module),
+            "shape": {
+                key: value
+                for key, value in shape.items()
+                if not key.startswith("_") and key not in APPLIED_AT_LOAD
+            },
+            "settings": config.model_dump(include={"batch_size", "compute", "storage"}),
+            "code": [digest_file(Path(file)) for file in code],
+            "libraries": {name: version(name) for name in LIBRARIES},
+        }
+    )

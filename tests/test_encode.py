@@ -1,0 +1,397 @@
+"""What is encoded again, and that nothing else decides the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm import encoded
+from ldm.artifacts import MANIFEST, digest_tree, writing
+from ldm.config import Encode, Pretrained
+from ldm.encode import encode
+from ldm.encoded import Encoded
+from ldm.encoders import Encoder, picture_encoder, text_encoder
+from ldm.errors import UserError
+from ldm.images import encode_png
+from ldm.locks import held
+from ldm.models import Source, load_text_encoder, load_vae
+from ldm.scenes.lists import scene_of
+from ldm.scenes.render import draw
+from ldm.shards import ShardWriter
+from ldm.text import tokenize
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SETTINGS = {"batch_size": 4, "samples_per_shard": 5}
+ROWS = 9
+
+Rows = dict[str, tuple[bytes, str]]
+"""Picture and caption by key."""
+
+
+def picture(row: int) -> bytes:
+    return encode_png(draw(scene_of("retrain", "train", row)[1]))
+
+
+def rows() -> Rows:
+    return {f"{row:08d}": (picture(row), f"a caption, the {row // 2}.") for row in range(ROWS)}
+
+
+def write_images(folder: Path, train: Rows) -> Path:
+    """An images artifact of these rows, and one to validate on."""
+    with writing(folder, "images", config={"image_format": "png"}, inputs={}) as fresh:
+        for split, some in (("train", train), ("validation", {"00000000": (picture(99), "a")})):
+            with ShardWriter(fresh, split, 4) as shards:
+                for key, (content, caption) in some.items():
+                    about = json.dumps({"caption": caption}).encode()
+                    shards.write(key, {"png": content, "json": about})
+    return folder
+
+
+class Project:
+    """A folder with images, a pipeline, and what runs leave."""
+
+    def __init__(self, folder: Path, pipeline: Path) -> None:
+        self.images, self.pipeline = folder / "images", pipeline
+        self.out, self.runs = folder / "latents", folder / "runs"
+        self.settings = SETTINGS
+        write_images(self.images, rows())
+
+    def encode(self) -> None:
+        """As DVC does it: the earlier output is gone."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.encode_into(self.out, self.runs)
+
+    def encode_into(self, out: Path, runs: Path) -> None:
+        config, pretrained = Encode(**self.settings), Pretrained(pipeline=str(self.pipeline))
+        encode(config, pretrained, self.images, out, runs)
+
+    def assert_as_if_clean(self) -> None:
+        clean = self.out.parent / "clean"
+        self.encode_into(clean / "latents", clean / "runs")
+        assert digest_tree(self.out) == digest_tree(clean / "latents")
+        assert (self.out / MANIFEST).read_text() == (clean / "latents" / MANIFEST).read_text()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Project:
+    own = tmp_path_factory.mktemp("pipeline") / "own"
+    shutil.copytree(pipeline, own)
+    project = Project(tmp_path_factory.mktemp("first"), own)
+    project.encode()
+    return project
+
+
+@pytest.fixture
+def project(first: Project, tmp_path: Path) -> Project:
+    """After a first run, in folders of its own."""
+    shutil.copytree(first.pipeline, tmp_path / "pipeline")
+    project = Project(tmp_path, tmp_path / "pipeline")
+    shutil.copytree(first.runs, project.runs)
+    return project
+
+
+def encoded_in(said: str) -> tuple[int, int]:
+    """How many pictures and captions were encoded, as the stage's last line says."""
+    pictures, captions = re.findall(r"\((\d+) encoded", said.splitlines()[-1])
+    return int(pictures), int(captions)
+
+
+def other_caption(project: Project) -> None:
+    changed = rows()
+    changed["00000004"] = (picture(4), "other words")
+    write_images(project.images, changed)
+
+
+def other_picture(project: Project) -> None:
+    changed = rows()
+    changed["00000004"] = (picture(50), changed["00000004"][1])
+    write_images(project.images, changed)
+
+
+def added_rows(project: Project) -> None:
+    added = {"00000000x": (picture(60), "new"), "00000020": (picture(61), "newer")}
+    write_images(project.images, dict(sorted((rows() | added).items())))
+
+
+def removed_row(project: Project) -> None:
+    fewer = rows()
+    del fewer["00000000"]
+    write_images(project.images, fewer)
+
+
+def twins(project: Project) -> None:
+    write_images(project.images, rows() | {"1": (picture(62), "a"), "2": (picture(62), "a")})
+
+
+def change_weight(path: Path, name: str) -> None:
+    weights = load_file(path)
+    weights[name] = weights[name] + 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def other_vae(project: Project) -> None:
+    path = project.pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    change_weight(path, "encoder.conv_in.bias")
+
+
+def other_text_encoder(project: Project) -> None:
+    path = project.pipeline / "text_encoder" / "model.safetensors"
+    change_weight(path, next(name for name in load_file(path) if "final_layer_norm.bias" in name))
+
+
+def change_config(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def other_scaling(project: Project) -> None:
+    change_config(project.pipeline / "vae" / "config.json", scaling_factor=0.5)
+
+
+def other_groups(project: Project) -> None:
+    change_config(project.pipeline / "vae" / "config.json", norm_num_groups=2)
+
+
+def other_heads(project: Project) -> None:
+    change_config(project.pipeline / "text_encoder" / "config.json", num_attention_heads=1)
+
+
+def other_place(project: Project) -> None:
+    project.pipeline = project.pipeline.rename(project.pipeline.parent / "elsewhere")
+
+
+def other_storage(project: Project) -> None:
+    project.settings = {**SETTINGS, "storage": "float16"}
+
+
+def other_shards(project: Project) -> None:
+    project.settings = {**SETTINGS, "samples_per_shard": 3}
+
+
+PICTURES, CAPTIONS = ROWS + 1, (ROWS + 1) // 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("change", "pictures", "captions"),
+    [
+        (lambda project: None, 0, 0),
+        (other_caption, 0, 1),
+        (other_picture, 1, 0),
+        (added_rows, 2, 2),
+        (removed_row, 0, 0),
+        (twins, 1, 0),
+        (other_vae, PICTURES, 0),
+        (other_groups, PICTURES, 0),
+        (other_text_encoder, 0, CAPTIONS),
+        (other_heads, 0, CAPTIONS),
+        (other_storage, PICTURES, CAPTIONS),
+        (other_scaling, 0, 0),
+        (other_place, 0, 0),
+        (other_shards, 0, 0),
+    ],
+)
+def test_what_a_change_concerns_is_encoded_again_and_nothing_else(
+    project: Project,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Project], None],
+    pictures: int,
+    captions: int,
+) -> None:
+    change(project)
+    project.encode()
+    assert encoded_in(capsys.readouterr().out) == (pictures, captions)
+    project.assert_as_if_clean()
+
+
+def test_code_and_libraries_decide_too(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.images.__file__", __file__)
+    project.encode()
+    assert encoded_in(capsys.readouterr().out) == (PICTURES, 0)
+    monkeypatch.setattr("ldm.encoders.version", lambda name: "0")
+    project.encode()
+    assert encoded_in(capsys.readouterr().out) == (PICTURES, CAPTIONS)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_result_depends_on_its_item_alone(pipeline: Path, compute: str, threads: int) -> None:
+    """Odd batches on several threads: there, a bare encoder's last bits tell an item's place."""
+    config, source = Encode(batch_size=7, compute=compute), Source(str(pipeline))
+    tokenizer, clip = load_text_encoder(source)
+    pictures = [picture(row) for row in range(20)]
+    captions = [ids.tobytes() for ids in tokenize(tokenizer, [str(n) for n in range(20)]).numpy()]
+    torch.set_num_threads(threads)
+    try:
+        check_independence(picture_encoder(load_vae(source), config, CPU), pictures)
+        check_independence(text_encoder(clip, config, CPU), captions)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def check_independence(encoder: Encoder, items: list[bytes]) -> None:
+    together = list(encoder.results(items))
+    turned = list(encoder.results(items[::-1]))[::-1]
+    alone = [next(encoder.results([item])) for item in items[:3]]
+    assert len(together) == len(turned) == len(items)
+    assert all(np.array_equal(one, other) for one, other in zip(together, turned, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=False))
+    assert not np.array_equal(together[0], together[1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def forge(path: Path) -> None:
+    path.unlink()
+    name = hashlib.sha256(b"no tensors").hexdigest()
+    (path.parent / f"{name}.safetensors").write_bytes(b"no tensors")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, forge])
+def test_what_is_damaged_is_encoded_again_with_a_notice(
+    project: Project, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    pieces = sorted(project.runs.glob("encoded/*.safetensors"))
+    assert len(pieces) == 3  # Of training, validation, captions.
+    for piece in pieces:
+        damage(piece)
+    project.encode()
+    said = capsys.readouterr().out
+    assert said.count("is damaged; what it held is encoded again") == (1 if damage is forge else 3)
+    assert encoded_in(said) == (PICTURES, CAPTIONS)
+    project.assert_as_if_clean()
+
+
+def stored(folder: Path) -> int:
+    return len(list(folder.glob("encoded/*.safetensors")))
+
+
+def test_what_the_last_run_did_not_use_is_forgotten(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other_vae(project)
+    for _ in range(2):
+        project.encode()
+        assert stored(project.runs) == 3
+    assert encoded_in(capsys.readouterr().out) == (0, 0)
+
+
+def test_a_piece_is_rewritten_when_most_of_it_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded, "PIECE", 4)
+    values = {f"{number:064d}": np.full((2, 3), number, np.float32) for number in range(12)}
+    known = Encoded(tmp_path)
+    for key, value in values.items():
+        known.add(key, value)
+    used = [key for number, key in enumerate(values) if number % 4 == 0 or number < 3]
+    known = Encoded(tmp_path)
+    for key in used:
+        known.read(key)
+    known.forget_unused()
+    again = Encoded(tmp_path)
+    assert [key for key in values if key in again] == [*list(values)[:4], *used[3:]]
+    assert all(np.array_equal(again.read(key), values[key]) for key in used)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_arrays_come_back_whatever_their_layout_in_memory(tmp_path: Path, layout: str) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4).copy(layout)  # type: ignore[arg-type]
+    known = Encoded(tmp_path)
+    known.add("a", values)
+    known.flush()
+    assert np.array_equal(Encoded(tmp_path).read("a"), values)
+
+
+def test_what_is_not_finite_is_named(project: Project) -> None:
+    path = project.pipeline / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"][:] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"train sample 00000000: .* not finite"):
+        project.encode()
+    assert not project.out.exists()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "new" / "lock"
+    with held(lock, "taken"), pytest.raises(UserError, match="taken"), held(lock, "taken"):
+        pass
+    with held(lock, "free again"):
+        lock.write_text("kept")
+    with held(lock, "free again"):
+        assert lock.read_text() == "kept"
+
+
+def launch(project: Project) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ldm.cli", "encode", "--params", str(ROOT / "params.yaml")]
+    for name in ("images", "out", "runs"):
+        command += [f"--{name}", str(getattr(project, name))]
+    command += ["--set", f"pretrained.pipeline={project.pipeline}"]
+    for key, value in project.settings.items():
+        command += ["--set", f"encode.{key}={value}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def wait_for_pieces(project: Project, process: subprocess.Popen[bytes], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while stored(project.runs) < count:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project(tmp_path, pipeline)
+    many = {f"{row:08d}": (picture(row), f"{row}") for row in range(4 * encoded.PIECE)}
+    write_images(project.images, many)
+    process = launch(project)
+    wait_for_pieces(project, process, 2)
+    with pytest.raises(UserError, match=r"latents: another process encodes it; wait"):
+        project.encode_into(project.out, tmp_path / "other-runs")
+    with pytest.raises(UserError, match=r"runs: another `ldm encode` uses it; .*--runs"):
+        project.encode_into(tmp_path / "other", project.runs)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not project.out.exists()
+    done = stored(project.runs) * encoded.PIECE
+    project.encode()
+    assert encoded_in(capsys.readouterr().out) == (len(many) - done, len(many) + 2)
+    project.assert_as_if_clean()
+    left = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock"))
+    assert left == ["clean", "images", "latents", "runs"]
