@@ -72,6 +72,10 @@ class Ingest(Section):
     """Their first frame, or none."""
     max_caption: Count = 1000
     """Characters; longer captions are cut."""
+    near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = None
+    """Of pictures whose perceptual hashes differ in at most so many of 64 bits, the first stays;
+    null keeps them all. Photographs that were scaled or saved anew differ in 0 to 4. The hash sees
+    shapes of a size, no colours and no small things: simple drawings look much alike to it."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True

@@ -23,6 +23,7 @@ REMEDIES = {
     "timeout": "check the network, or raise ingest.timeout_s or ingest.retries",
     "empty caption": "fill the column caption",
     "bad url": "mend the column url",
+    "near duplicate": "lower ingest.near_duplicates, or set it to null",
 }
 """What to do when a reason is a list's commonest."""
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.config import Ingest
+from ldm.ingest.duplicates import Kept
 from ldm.ingest.fetch import POSITION
-from ldm.ingest.pictures import check
+from ldm.ingest.perceptual import perceptual_hash
+from ldm.ingest.pictures import checked
 from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
@@ -64,45 +66,48 @@ def repack(
 
     Returns the samples written by split and the rows skipped.
     """
-    kept: dict[str, int] = {}
+    written: dict[str, int] = {}
     skipped: list[Skip] = []
+    kept = Kept(config.near_duplicates)
     for split in dict.fromkeys(row.split for row in rows):
         own = ((row, fetched.get(at)) for at, row in enumerate(rows) if row.split == split)
         with ShardWriter(out, split, config.samples_per_shard) as writer:
-            skipped += _repack_list(own, writer, config)
-            kept[split] = writer.samples
-    return kept, skipped
+            skipped += _repack_list(own, kept, writer, config)
+            written[split] = writer.samples
+    return written, skipped
 
 
 def _repack_list(
-    rows: Iterable[tuple[Row, Fetched | None]], writer: ShardWriter, config: Ingest
+    rows: Iterable[tuple[Row, Fetched | None]], kept: Kept, writer: ShardWriter, config: Ingest
 ) -> list[Skip]:
     skipped: list[Skip] = []
-    first: dict[tuple[str, str], int] = {}
     for row, result in rows:
         try:
-            content = _verified(result, config)
+            sample = _sample(row, result, kept, config)
         except RefusedError as refusal:
             skipped.append(Skip(row, refusal.reason, refusal.detail))
-            continue
-        sha256 = hashlib.sha256(content).hexdigest()
-        earlier = first.setdefault((sha256, row.caption), row.number)
-        if earlier != row.number:
-            skipped.append(Skip(row, "duplicate", f"same picture and caption as row {earlier}"))
-            continue
-        members = {config.image_format: content, "json": _description(row, sha256, config)}
-        writer.write(f"{row.number:08d}", members)
+        else:
+            writer.write(f"{row.number:08d}", sample)
     return skipped
 
 
-def _verified(result: Fetched | None, config: Ingest) -> bytes:
+def _sample(row: Row, result: Fetched | None, kept: Kept, config: Ingest) -> dict[str, bytes]:
+    """The row's members by extension; raises :class:`RefusedError` when it is not to be kept."""
+    content = _content(result)
+    image = checked(content, config.image_format, config.image_size)
+    sha256 = hashlib.sha256(content)
+    look = None if config.near_duplicates is None else perceptual_hash(image)
+    kept.add(row, sha256.digest(), look)
+    about = _description(row, sha256.hexdigest(), config)
+    return {config.image_format: content, "json": about}
+
+
+def _content(result: Fetched | None) -> bytes:
     if result is None:
         raise RefusedError("no result", "img2dataset said nothing of this row; its log may")
     if result.tar is None:
         raise RefusedError(*read_message(result.message))
-    content = result.read()
-    check(content, config.image_format, config.image_size)
-    return content
+    return result.read()
 
 
 def _description(row: Row, sha256: str, config: Ingest) -> bytes:
