@@ -75,7 +75,12 @@ class Ingest(Section):
     near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = None
     """Of pictures whose perceptual hashes differ in at most so many of 64 bits, the first stays;
     null keeps them all. Photographs that were scaled or saved anew differ in 0 to 4. The hash sees
-    shapes of a size, no colours and no small things: simple drawings look much alike to it."""
+    large shapes in grey, no colours and nothing small, so that simple drawings look much alike to
+    it. It stands in a sample's ``json`` as ``phash``."""
+    blocked: str | None = None
+    """A file of hashes in hexadecimal, one a line, # before comments: pictures that must not become
+    samples, by the sha256 of what was downloaded or of the sample, or by a perceptual hash (within
+    ``near_duplicates``). In the folder ``data``, a change of it makes DVC run the stage again."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +18,9 @@ from ldm.ingest.reasons import RefusedError
 from ldm.ingest.rows import Row
 from ldm.ingest.stage import ingest
 from ldm.shards import ShardReader
+from tests.served import left_out, photograph, serving, stored, write_list
 
-CONFIG = Ingest(timeout_s=5, retries=0, threads=4, processes=1, near_duplicates=4)
-
-
-def photograph(seed: int, side: int = 256) -> Image.Image:
-    """Coarse and fine random shapes, as a photograph has them."""
-    random = np.random.default_rng(seed)
-    layers = [
-        np.asarray(
-            Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8)).resize(
-                (side, side), Image.Resampling.BICUBIC
-            ),
-            np.float64,
-        )
-        for cells in (5, 9, 40)
-    ]
-    return Image.fromarray(np.average(layers, 0, (5, 3, 1)).astype(np.uint8))
-
-
-def stored(image: Image.Image, form: str = "PNG", **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+CONFIG = Ingest(timeout_s=5, retries=0, threads=4, processes=1, near_duplicates=4, min_yield=0.1)
 
 
 def apart(one: Image.Image, other: Image.Image) -> int:
@@ -111,19 +87,19 @@ def test_what_was_left_out_leaves_nothing_else_out() -> None:
     """Else a chain of small changes would drop pictures that look like none that is kept."""
     kept = Kept(2)
     rows = [Row("train", at, f"http://a/{at}", "words") for at in range(3)]
-    kept.add(rows[0], b"0", 0b0000)
+    kept.add(rows[0], "0", 0b0000)
     with pytest.raises(RefusedError, match="2 of 64 bits from row 0 of train"):
-        kept.add(rows[1], b"1", 0b0011)
-    kept.add(rows[2], b"2", 0b1111)
+        kept.add(rows[1], "1", 0b0011)
+    kept.add(rows[2], "2", 0b1111)
 
 
 def test_without_a_distance_only_content_counts() -> None:
     kept = Kept(None)
     rows = [Row("train", 0, "http://a/0", "words"), Row("validation", 0, "http://a/1", "others")]
-    kept.add(rows[0], b"0", None)
-    kept.add(rows[1], b"1", None)
+    kept.add(rows[0], "0", None)
+    kept.add(rows[1], "1", None)
     with pytest.raises(RefusedError) as caught:
-        kept.add(rows[1], b"0", None)
+        kept.add(rows[1], "0", None)
     assert caught.value.args == ("duplicate content", "same picture as row 0 of train")
 
 
@@ -131,71 +107,38 @@ def test_without_a_distance_only_content_counts() -> None:
 
 
 FILES = {
-    "/one.png": stored(photograph(1)),
-    "/one-packed-otherwise.png": stored(photograph(1), compress_level=1),
-    "/one-saved-anew.jpg": stored(photograph(1), "JPEG", quality=40),
-    "/one-larger.png": stored(photograph(1).resize((400, 400), Image.Resampling.BICUBIC)),
-    "/two.png": stored(photograph(2)),
-    "/three.png": stored(photograph(3)),
+    "one.png": stored(photograph(1)),
+    "one-packed-otherwise.png": stored(photograph(1), compress_level=1),
+    "one-saved-anew.jpg": stored(photograph(1), "JPEG", quality=40),
+    "one-larger.png": stored(photograph(1).resize((400, 400), Image.Resampling.BICUBIC)),
+    "two.png": stored(photograph(2)),
+    "three.png": stored(photograph(3)),
 }
 
 
-class Files(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        body = FILES[self.path]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def write_list(path: Path, lines: list[tuple[str, ...]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-
-
-def table(images: Path) -> dict[tuple[str, int], tuple[str, str]]:
-    with (images / "skipped.csv").open(newline="") as file:
-        return {
-            (line["split"], int(line["row"])): (line["reason"], line["detail"])
-            for line in csv.DictReader(file)
-        }
-
-
-def test_the_first_of_each_picture_stays(server: str, tmp_path: Path) -> None:
-    train = ["one", "one-packed-otherwise", "two", "one-larger"]
-    write_list(
-        tmp_path / "data" / "train.csv",
-        [("url", "caption"), *((f"{server}/{name}.png", name) for name in train)],
-    )
-    validation = ["one-saved-anew.jpg", "three.png", "two.png"]
-    write_list(
-        tmp_path / "data" / "validation.csv",
-        [("url", "caption"), *((f"{server}/{name}", name) for name in validation)],
-    )
+def test_the_first_of_each_picture_stays(tmp_path: Path) -> None:
+    lists = {
+        "train": ["one.png", "one-packed-otherwise.png", "two.png", "one-larger.png"],
+        "validation": ["one-saved-anew.jpg", "three.png", "two.png"],
+    }
     out = tmp_path / "images"
-    ingest(CONFIG.model_copy(update={"min_yield": 0.1}), tmp_path / "data", out)
-    assert ShardReader(out, "train", frozenset({"png", "json"})).keys == ["00000000", "00000002"]
+    with serving(FILES) as server:
+        for split, names in lists.items():
+            rows = [(f"{server}/{name}", name) for name in names]
+            write_list(tmp_path / "data" / f"{split}.csv", "url,caption", rows)
+        ingest(CONFIG, tmp_path / "data", out)
+    samples = ShardReader(out, "train", frozenset({"png", "json"}))
+    assert samples.keys == ["00000000", "00000002"]
     assert ShardReader(out, "validation", frozenset({"png", "json"})).keys == ["00000001"]
-    reasons = {place: reason for place, (reason, _) in table(out).items()}
-    assert reasons == {
+    found = left_out(out)
+    assert {place: reason for place, (reason, _) in found.items()} == {
         ("train", 1): "duplicate content",
         ("train", 3): "near duplicate",
         ("validation", 0): "near duplicate",
         ("validation", 2): "duplicate content",
     }
-    assert table(out)["validation", 2][1] == "same picture as row 2 of train"
+    assert found["validation", 2][1] == "same picture as row 2 of train"
     report = json.loads((out / "report.json").read_text())
     assert report["skipped"] == {"duplicate content": 2, "near duplicate": 2}
+    hashed = perceptual_hash(Image.open(io.BytesIO(samples.read("00000002", "png"))))
+    assert json.loads(samples.read("00000002", "json"))["phash"] == f"{hashed:016x}"

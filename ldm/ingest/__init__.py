@@ -2,5 +2,5 @@
 
 ``stage`` is the way in; the other files are its parts, in order: ``rows``, ``fetch`` (with
 ``download``, ``resizer`` and ``pictures`` in the processes that it starts), ``reasons``,
-``repack`` (with ``duplicates`` and ``perceptual``), ``report``.
+``repack`` (with ``blocklist``, ``duplicates`` and ``perceptual``), ``report``.
 """

@@ -16,11 +16,11 @@ class Kept:
     """
 
     def __init__(self, distance: int | None) -> None:
-        self._contents: dict[bytes, Row] = {}
+        self._contents: dict[str, Row] = {}
         self._rows: list[Row] = []
         self._looks = None if distance is None else Lookalikes(distance)
 
-    def add(self, row: Row, sha256: bytes, look: int | None) -> None:
+    def add(self, row: Row, sha256: str, look: int | None) -> None:
         """Take in a picture by its sha256 and its perceptual hash, if that is asked for.
 
         Raises :class:`RefusedError` when an earlier one has the same content or looks like it.

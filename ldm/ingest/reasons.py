@@ -23,6 +23,7 @@ REMEDIES = {
     "timeout": "check the network, or raise ingest.timeout_s or ingest.retries",
     "empty caption": "fill the column caption",
     "bad url": "mend the column url",
+    "blocked": "mend the list, or the one that ingest.blocked names",
     "near duplicate": "lower ingest.near_duplicates, or set it to null",
 }
 """What to do when a reason is a list's commonest."""

@@ -9,8 +9,10 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.config import Ingest
+from ldm.ingest.blocklist import Blocklist
 from ldm.ingest.duplicates import Kept
 from ldm.ingest.fetch import POSITION
 from ldm.ingest.perceptual import perceptual_hash
@@ -18,6 +20,9 @@ from ldm.ingest.pictures import checked
 from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
+
+COLUMNS = [POSITION, "key", "error_message", "sha256"]
+"""What is read of img2dataset's tables."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Fetched:
     tar: Path | None = None
     offset: int = 0
     size: int = 0
+    sha256: str = ""
+    """Of the file as it was downloaded, in hexadecimal."""
 
     def read(self) -> bytes:
         """The picture's bytes."""
@@ -42,25 +49,35 @@ def results(folder: Path, image_format: str) -> dict[int, Fetched]:
 
     found: dict[int, Fetched] = {}
     for table_path in sorted(folder.glob("*.parquet")):
-        pictures = _pictures(table_path.with_suffix(".tar"), image_format)
-        table = pq.read_table(table_path, columns=[POSITION, "key", "error_message"])
-        for line in table.to_pylist():
-            message = line["error_message"] or ""
-            found[line[POSITION]] = pictures.get(line["key"]) or Fetched(message)
+        tar = table_path.with_suffix(".tar")
+        members = _members(tar, image_format)
+        for line in pq.read_table(table_path, columns=COLUMNS).to_pylist():
+            found[line[POSITION]] = _fetched(line, tar, members.get(line["key"]))
     return found
 
 
-def _pictures(path: Path, image_format: str) -> dict[str, Fetched]:
+def _members(path: Path, image_format: str) -> dict[str, tarfile.TarInfo]:
+    """The pictures by key."""
     with tarfile.open(path, "r:") as tar:
         return {
-            member.name.partition(".")[0]: Fetched("", path, member.offset_data, member.size)
+            member.name.partition(".")[0]: member
             for member in tar
             if member.name.endswith(f".{image_format}")
         }
 
 
+def _fetched(line: Mapping[str, Any], tar: Path, member: tarfile.TarInfo | None) -> Fetched:
+    if member is None:
+        return Fetched(line["error_message"] or "")
+    return Fetched("", tar, member.offset_data, member.size, line["sha256"])
+
+
 def repack(
-    rows: Sequence[Row], fetched: Mapping[int, Fetched], out: Path, config: Ingest
+    rows: Sequence[Row],
+    fetched: Mapping[int, Fetched],
+    blocked: Blocklist,
+    out: Path,
+    config: Ingest,
 ) -> tuple[dict[str, int], list[Skip]]:
     """Write ``SPLIT-*.tar`` into ``out``; ``fetched`` maps indices of ``rows`` to results.
 
@@ -68,22 +85,22 @@ def repack(
     """
     written: dict[str, int] = {}
     skipped: list[Skip] = []
-    kept = Kept(config.near_duplicates)
+    sieve = Sieve(config, blocked)
     for split in dict.fromkeys(row.split for row in rows):
         own = ((row, fetched.get(at)) for at, row in enumerate(rows) if row.split == split)
         with ShardWriter(out, split, config.samples_per_shard) as writer:
-            skipped += _repack_list(own, kept, writer, config)
+            skipped += _repack_list(own, sieve, writer)
             written[split] = writer.samples
     return written, skipped
 
 
 def _repack_list(
-    rows: Iterable[tuple[Row, Fetched | None]], kept: Kept, writer: ShardWriter, config: Ingest
+    rows: Iterable[tuple[Row, Fetched | None]], sieve: Sieve, writer: ShardWriter
 ) -> list[Skip]:
     skipped: list[Skip] = []
     for row, result in rows:
         try:
-            sample = _sample(row, result, kept, config)
+            sample = sieve.sample(row, result)
         except RefusedError as refusal:
             skipped.append(Skip(row, refusal.reason, refusal.detail))
         else:
@@ -91,33 +108,44 @@ def _repack_list(
     return skipped
 
 
-def _sample(row: Row, result: Fetched | None, kept: Kept, config: Ingest) -> dict[str, bytes]:
-    """The row's members by extension; raises :class:`RefusedError` when it is not to be kept."""
-    content = _content(result)
-    image = checked(content, config.image_format, config.image_size)
-    sha256 = hashlib.sha256(content)
-    look = None if config.near_duplicates is None else perceptual_hash(image)
-    kept.add(row, sha256.digest(), look)
-    about = _description(row, sha256.hexdigest(), config)
-    return {config.image_format: content, "json": about}
+class Sieve:
+    """Lets rows through as samples; remembers what it let through."""
+
+    def __init__(self, config: Ingest, blocked: Blocklist) -> None:
+        self.config, self.blocked = config, blocked
+        self.kept = Kept(config.near_duplicates)
+
+    def sample(self, row: Row, result: Fetched | None) -> dict[str, bytes]:
+        """The row's members by extension; raises :class:`RefusedError` when it is not kept."""
+        fetched = _expect_picture(result)
+        content = fetched.read()
+        image = checked(content, self.config.image_format, self.config.image_size)
+        sha256 = hashlib.sha256(content).hexdigest()
+        look = None if self.config.near_duplicates is None else perceptual_hash(image)
+        self.blocked.refuse((fetched.sha256, sha256), look)
+        self.kept.add(row, sha256, look)
+        about = _description(row, sha256, look, image.size)
+        return {self.config.image_format: content, "json": about}
 
 
-def _content(result: Fetched | None) -> bytes:
+def _expect_picture(result: Fetched | None) -> Fetched:
     if result is None:
         raise RefusedError("no result", "img2dataset said nothing of this row; its log may")
     if result.tar is None:
         raise RefusedError(*read_message(result.message))
-    return result.read()
+    return result
 
 
-def _description(row: Row, sha256: str, config: Ingest) -> bytes:
-    """The sample's ``json``: sha256 and size are of the picture beside it."""
+def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int]) -> bytes:
+    """The sample's ``json``: hashes and size are of the picture beside it."""
     value = {
         "caption": row.caption,
         "url": row.url,
         "row": row.number,
         "sha256": sha256,
-        "width": config.image_size,
-        "height": config.image_size,
+        "width": size[0],
+        "height": size[1],
     }
+    if look is not None:
+        value["phash"] = f"{look:016x}"
     return json.dumps(value, ensure_ascii=False).encode()

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
+from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.fetch import fetch
 from ldm.ingest.repack import Fetched, repack, results
 from ldm.ingest.report import expect_yield, line, report, table
@@ -21,9 +22,9 @@ from ldm.scenes.origin import serving_scenes
 SPLITS = ("train", "validation")
 
 NOT_IN_BYTES = frozenset(
-    {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield"}
+    {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "blocked"}
 )
-"""Settings of how pictures are fetched, not of what is written of them."""
+"""Settings of how pictures are fetched, not of what is written of them; a file is in the inputs."""
 
 
 def ingest(config: Ingest, data: Path, out: Path) -> None:
@@ -33,13 +34,17 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     row, ``report.json`` with counts and ``skipped.csv`` with every row left out and why. What
     img2dataset says stays in a hidden log beside ``out``.
 
-    Raises :class:`UserError` when a list is unusable, the download fails, or less than
-    ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
+    Raises :class:`UserError` when a list or the block list is unusable, the download fails, or less
+    than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
     """
     paths = {split: data / f"{split}.csv" for split in SPLITS}
     rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
     sizes = {split: len(rows[split]) for split in SPLITS}
     inputs = {path.name: digest_file(path) for path in paths.values()}
+    blocked = Blocklist()
+    if config.blocked is not None:
+        blocked = read_blocklist(Path(config.blocked), config.near_duplicates)
+        inputs["blocked"] = digest_file(Path(config.blocked))
     sorted_out = [sort_out(rows[split]) for split in SPLITS]
     wanted = [row for usable, _ in sorted_out for row in usable]
     skipped = [skip for _, unusable in sorted_out for skip in unusable]
@@ -49,7 +54,7 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
         writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh,
     ):
         pictures = _fetched(wanted, scratch, out.parent / f".{out.name}.log", config)
-        kept, refused = repack(wanted, pictures, fresh, config)
+        kept, refused = repack(wanted, pictures, blocked, fresh, config)
         counts.update(kept)
         skipped = _in_list_order(skipped + refused)
         for split in SPLITS:
