@@ -335,7 +335,7 @@ def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> Non
 
 def test_first_row_of_a_url_that_has_a_caption_stays() -> None:
     rows = [Row("train", at, "http://a/b", words) for at, words in enumerate(["", "x", "y"])]
-    wanted, skipped = sort_out(rows)
+    wanted, skipped = sort_out(rows, CONFIG)
     assert [row.number for row in wanted] == [1]
     assert [skip.reason for skip in skipped] == ["empty caption", "duplicate"]
     assert skipped[1].detail == "same url as row 1"

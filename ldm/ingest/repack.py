@@ -17,6 +17,7 @@ from ldm.ingest.duplicates import Kept
 from ldm.ingest.fetch import POSITION
 from ldm.ingest.perceptual import perceptual_hash
 from ldm.ingest.pictures import checked
+from ldm.ingest.ratings import ratings
 from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
@@ -138,7 +139,7 @@ def _expect_picture(result: Fetched | None) -> Fetched:
 
 def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int]) -> bytes:
     """The sample's ``json``: hashes and size are of the picture beside it."""
-    value = {
+    value: dict[str, str | float] = {
         "caption": row.caption,
         "url": row.url,
         "row": row.number,
@@ -148,4 +149,4 @@ def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int])
     }
     if look is not None:
         value["phash"] = f"{look:016x}"
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value | ratings(row.rated), ensure_ascii=False).encode()

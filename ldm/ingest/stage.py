@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,17 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     """
     paths = {split: data / f"{split}.csv" for split in SPLITS}
     rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
-    sizes = {split: len(rows[split]) for split in SPLITS}
+    sizes = {path: len(rows[split]) for split, path in paths.items()}
     inputs = {path.name: digest_file(path) for path in paths.values()}
     blocked = Blocklist()
     if config.blocked is not None:
         blocked = read_blocklist(Path(config.blocked), config.near_duplicates)
         inputs["blocked"] = digest_file(Path(config.blocked))
-    sorted_out = [sort_out(rows[split]) for split in SPLITS]
+    sorted_out = [sort_out(rows[split], config) for split in SPLITS]
     wanted = [row for usable, _ in sorted_out for row in usable]
     skipped = [skip for _, unusable in sorted_out for skip in unusable]
+    # Before the downloads, which may take days.
+    _expect_yields(sizes, Counter(row.split for row in wanted), skipped, config.min_yield)
     counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
     with (
         _scratch(out) as scratch,
@@ -57,19 +60,24 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
         kept, refused = repack(wanted, pictures, blocked, fresh, config)
         counts.update(kept)
         skipped = _in_list_order(skipped + refused)
-        for split in SPLITS:
-            own = [skip for skip in skipped if skip.row.split == split]
-            expect_yield(paths[split], sizes[split], counts[split], own, config.min_yield)
-        summary = report(sizes, counts, skipped)
+        _expect_yields(sizes, counts, skipped, config.min_yield)
+        summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
         write_json(fresh / "report.json", summary)
         write_whole(fresh / "skipped.csv", table(skipped))
     say(line(summary, out))
 
 
+def _expect_yields(
+    sizes: Mapping[Path, int], kept: Mapping[str, int], skipped: Sequence[Skip], min_yield: float
+) -> None:
+    """For each list; ``kept`` by split."""
+    for path, size in sizes.items():
+        own = [skip for skip in skipped if skip.row.split == path.stem]
+        expect_yield(path, size, kept[path.stem], own, min_yield)
+
+
 def _fetched(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> dict[int, Fetched]:
     """Results by index of ``rows``; the embedded scenes are served if any row wants one."""
-    if not rows:
-        return {}
     embedded = any(row.url.startswith(f"{ORIGIN}/") for row in rows)
     with serving_scenes() if embedded and config.serve_scenes else nullcontext():
         folder = fetch(rows, scratch, log, config)
