@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,13 +36,16 @@ def stored(image: Image.Image, form: str = "PNG", **options: int) -> bytes:
 
 
 @contextmanager
-def serving(files: Mapping[str, bytes]) -> Iterator[str]:
-    """Yield the URL of a server on loopback whose paths are the names of ``files``."""
+def serving(files: Mapping[str, bytes], denied: Container[str] = ()) -> Iterator[str]:
+    """Yield the URL of a server on loopback; paths are names, ``denied`` are not for training."""
 
     class Files(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = files[self.path.removeprefix("/")]
+            name = self.path.removeprefix("/")
+            body = files[name]
             self.send_response(200)
+            if name in denied:
+                self.send_header("X-Robots-Tag", "noai")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

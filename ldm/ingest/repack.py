@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
 
-COLUMNS = [POSITION, "key", "error_message", "sha256"]
+COLUMNS = [POSITION, "key", "error_message", "sha256", "original_width", "original_height"]
 """What is read of img2dataset's tables."""
 
 
@@ -36,6 +36,9 @@ class Fetched:
     size: int = 0
     sha256: str = ""
     """Of the file as it was downloaded, in hexadecimal."""
+    width: int = 0
+    height: int = 0
+    """In pixels, before the crop."""
 
     def read(self) -> bytes:
         """The picture's bytes."""
@@ -70,7 +73,8 @@ def _members(path: Path, image_format: str) -> dict[str, tarfile.TarInfo]:
 def _fetched(line: Mapping[str, Any], tar: Path, member: tarfile.TarInfo | None) -> Fetched:
     if member is None:
         return Fetched(line["error_message"] or "")
-    return Fetched("", tar, member.offset_data, member.size, line["sha256"])
+    size = line["original_width"], line["original_height"]
+    return Fetched("", tar, member.offset_data, member.size, line["sha256"], *size)
 
 
 def repack(
@@ -79,34 +83,27 @@ def repack(
     blocked: Blocklist,
     out: Path,
     config: Ingest,
-) -> tuple[dict[str, int], list[Skip]]:
+) -> tuple[list[tuple[Row, Fetched]], list[Skip]]:
     """Write ``SPLIT-*.tar`` into ``out``; ``fetched`` maps indices of ``rows`` to results.
 
-    Returns the samples written by split and the rows skipped.
+    Returns the rows that became samples, in their order, with their results, and the rows skipped.
     """
-    written: dict[str, int] = {}
+    kept: list[tuple[Row, Fetched]] = []
     skipped: list[Skip] = []
     sieve = Sieve(config, blocked)
     for split in dict.fromkeys(row.split for row in rows):
-        own = ((row, fetched.get(at)) for at, row in enumerate(rows) if row.split == split)
         with ShardWriter(out, split, config.samples_per_shard) as writer:
-            skipped += _repack_list(own, sieve, writer)
-            written[split] = writer.samples
-    return written, skipped
-
-
-def _repack_list(
-    rows: Iterable[tuple[Row, Fetched | None]], sieve: Sieve, writer: ShardWriter
-) -> list[Skip]:
-    skipped: list[Skip] = []
-    for row, result in rows:
-        try:
-            sample = sieve.sample(row, result)
-        except RefusedError as refusal:
-            skipped.append(Skip(row, refusal.reason, refusal.detail))
-        else:
-            writer.write(f"{row.number:08d}", sample)
-    return skipped
+            for at, row in enumerate(rows):
+                if row.split != split:
+                    continue
+                try:
+                    result = _expect_picture(fetched.get(at))
+                    writer.write(f"{row.number:08d}", sieve.sample(row, result))
+                except RefusedError as refusal:
+                    skipped.append(Skip(row, refusal.reason, refusal.detail))
+                else:
+                    kept.append((row, result))
+    return kept, skipped
 
 
 class Sieve:
@@ -116,9 +113,8 @@ class Sieve:
         self.config, self.blocked = config, blocked
         self.kept = Kept(config.near_duplicates)
 
-    def sample(self, row: Row, result: Fetched | None) -> dict[str, bytes]:
+    def sample(self, row: Row, fetched: Fetched) -> dict[str, bytes]:
         """The row's members by extension; raises :class:`RefusedError` when it is not kept."""
-        fetched = _expect_picture(result)
         content = fetched.read()
         image = checked(content, self.config.image_format, self.config.image_size)
         sha256 = hashlib.sha256(content).hexdigest()

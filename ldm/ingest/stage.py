@@ -12,6 +12,7 @@ from typing import Any
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
 from ldm.ingest.blocklist import Blocklist, read_blocklist
+from ldm.ingest.card import card
 from ldm.ingest.fetch import fetch
 from ldm.ingest.repack import Fetched, repack, results
 from ldm.ingest.report import expect_yield, line, report, table
@@ -32,8 +33,8 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     """Fetch the pictures that ``data/train.csv`` and ``data/validation.csv`` name into ``out``.
 
     ``out`` becomes a directory of kind ``images``: ``SPLIT-NNNNN.tar`` with one sample a kept
-    row, ``report.json`` with counts and ``skipped.csv`` with every row left out and why. What
-    img2dataset says stays in a hidden log beside ``out``.
+    row, ``report.json`` with counts, ``skipped.csv`` with every row left out and why, and
+    ``card.md`` with its pictures. What img2dataset says stays in a hidden log beside ``out``.
 
     Raises :class:`UserError` when a list or the block list is unusable, the download fails, or less
     than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
@@ -58,12 +59,14 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     ):
         pictures = _fetched(wanted, scratch, out.parent / f".{out.name}.log", config)
         kept, refused = repack(wanted, pictures, blocked, fresh, config)
-        counts.update(kept)
+        counts.update(Counter(row.split for row, _ in kept))
         skipped = _in_list_order(skipped + refused)
         _expect_yields(sizes, counts, skipped, config.min_yield)
         summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
         write_json(fresh / "report.json", summary)
         write_whole(fresh / "skipped.csv", table(skipped))
+        for name, content in card(summary, kept, skipped, config.image_size).items():
+            write_whole(fresh / name, content)
     say(line(summary, out))
 
 
