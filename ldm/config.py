@@ -72,6 +72,24 @@ class Ingest(Section):
     """Their first frame, or none."""
     max_caption: Count = 1000
     """Characters; longer captions are cut."""
+    max_punsafe: Share | None = None
+    """Of the optional column ``punsafe``, how likely a picture is not fit for all eyes; null: any.
+    With this or another limit on a column, rows that leave it empty are skipped too."""
+    max_pwatermark: Share | None = None
+    """Of the optional column ``pwatermark``, how likely a picture has a watermark."""
+    min_aesthetic: float | None = None
+    """Of the optional column ``aesthetic``, a mark."""
+    licenses: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """What the optional column ``license`` may say, in capitals or not; null: anything."""
+    near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = None
+    """Of pictures whose perceptual hashes differ in at most so many of 64 bits, the first stays;
+    null keeps them all. Photographs that were scaled or saved anew differ in 0 to 4. The hash sees
+    large shapes in grey, no colours and nothing small, so that simple drawings look much alike to
+    it. It stands in a sample's ``json`` as ``phash``."""
+    blocked: str | None = None
+    """A file of hashes in hexadecimal, one a line, # before comments: pictures that must not become
+    samples, by the sha256 of what was downloaded or of the sample, or by a perceptual hash (within
+    ``near_duplicates``). In the folder ``data``, a change of it makes DVC run the stage again."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True

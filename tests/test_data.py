@@ -57,7 +57,9 @@ def test_timesteps_are_even_over_any_stretch() -> None:
 def test_a_shift_keeps_order_and_range(share: float, shift: float) -> None:
     assert 0 <= shifted(share, shift) < 1
     assert shifted(shifted(share, shift), 1 / shift) == pytest.approx(share, abs=1e-9)
-    assert (shifted(share, shift) >= share) == (shift >= 1) or share in (0, shifted(share, shift))
+    assert shifted(share, shift) == pytest.approx(share, abs=1e-9) or (
+        (shifted(share, shift) > share) == (shift > 1)
+    )
 
 
 def test_a_shift_shows_that_many_times_more_of_the_noisiest(latents: Path) -> None:

@@ -142,8 +142,8 @@ def cases(rogue: str, silent: str, closed: str) -> list[tuple[str, str, str | No
         (f"{closed}/a.png", "refused", "unreachable"),
         (f"{silent}/a.png", "slow", "timeout"),
         (f"{rogue}/same.png", "same", None),
-        (f"{rogue}/copy.png", "same", "duplicate"),
-        (f"{rogue}/copy.png?2", "other words", None),
+        (f"{rogue}/copy.png", "same", "duplicate content"),
+        (f"{rogue}/copy.png?2", "other words", "duplicate content"),
         (f"{rogue}/图 1.png", "address in Chinese", None),
         (f"{rogue}/wide.png", "wide", None),
         (f"{rogue}/grey16.png", "deep", None),
@@ -256,7 +256,7 @@ def test_manifest_names_lists_and_settings_that_decide_the_bytes(
     lists: Path, manifest: Manifest
 ) -> None:
     how = {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "quality"}
-    assert manifest.config.keys() == CONFIG.as_dict().keys() - how
+    assert manifest.config.keys() == CONFIG.as_dict().keys() - how - {"blocked"}
     assert manifest.config["image_size"] == 64
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in lists.iterdir()}
     assert manifest.inputs == digests
@@ -335,7 +335,7 @@ def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> Non
 
 def test_first_row_of_a_url_that_has_a_caption_stays() -> None:
     rows = [Row("train", at, "http://a/b", words) for at, words in enumerate(["", "x", "y"])]
-    wanted, skipped = sort_out(rows)
+    wanted, skipped = sort_out(rows, CONFIG)
     assert [row.number for row in wanted] == [1]
     assert [skip.reason for skip in skipped] == ["empty caption", "duplicate"]
     assert skipped[1].detail == "same url as row 1"

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from ldm.config import Ingest
 from ldm.ingest.captions import cleaned
 from ldm.ingest.fetch import rules_of
-from ldm.ingest.pictures import check, diagnose, plain
+from ldm.ingest.pictures import checked, diagnose, plain
 from ldm.ingest.reasons import RefusedError
 from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
@@ -186,10 +186,10 @@ def test_a_plain_picture_is_handed_on_untouched() -> None:
         (png(scene(0))[:300], "png", 64),
     ],
 )
-def test_check_refuses_other_pictures(content: bytes, image_format: str, side: int) -> None:
-    check(png(scene(0)), "png", 64)
+def test_checked_refuses_other_pictures(content: bytes, image_format: str, side: int) -> None:
+    assert checked(png(scene(0)), "png", 64).size == (64, 64)
     with pytest.raises(RefusedError):
-        check(content, image_format, side)
+        checked(content, image_format, side)
 
 
 # --- captions

@@ -107,7 +107,7 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
         "resize_only_if_bigger": False,
         "encode_format": config.image_format,
         "encode_quality": 6 if config.image_format == "png" else config.quality,
-        "compute_hash": None,
+        "compute_hash": "sha256",
         "extract_exif": False,
         "number_sample_per_shard": job.shard_rows,
         "processes_count": min(config.processes, job.shards),

@@ -72,14 +72,18 @@ def plain(content: bytes, rules: Rules) -> bytes:
     return buffer.getvalue()
 
 
-def check(content: bytes, image_format: str, side: int) -> None:
-    """Raise :class:`RefusedError` unless this is whole, RGB, of that format and side in pixels."""
+def checked(content: bytes, image_format: str, side: int) -> Image.Image:
+    """The decoded picture.
+
+    Raises :class:`RefusedError` unless it is whole, RGB, of that format and side in pixels.
+    """
     image = _opened(content, None)
     expected = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format]
     if (image.format, image.mode, image.size) != (expected, "RGB", (side, side)):
         width, height = image.size
         found = f"{image.format} {image.mode} {width}x{height}"
         raise RefusedError("wrong picture", f"{found}, not {expected} RGB {side}x{side}")
+    return image
 
 
 def diagnose(content: bytes) -> RefusedError:

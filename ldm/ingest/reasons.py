@@ -23,6 +23,14 @@ REMEDIES = {
     "timeout": "check the network, or raise ingest.timeout_s or ingest.retries",
     "empty caption": "fill the column caption",
     "bad url": "mend the column url",
+    "bad score": "mend that column",
+    "no score": "fill that column, or set its limit under ingest to null",
+    "punsafe too high": "raise ingest.max_punsafe, or set it to null",
+    "pwatermark too high": "raise ingest.max_pwatermark, or set it to null",
+    "aesthetic too low": "lower ingest.min_aesthetic, or set it to null",
+    "license not allowed": "name it in ingest.licenses, or set that to null",
+    "blocked": "mend the list, or the one that ingest.blocked names",
+    "near duplicate": "lower ingest.near_duplicates, or set it to null",
 }
 """What to do when a reason is a list's commonest."""
 

@@ -6,16 +6,24 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.config import Ingest
+from ldm.ingest.blocklist import Blocklist
+from ldm.ingest.duplicates import Kept
 from ldm.ingest.fetch import POSITION
-from ldm.ingest.pictures import check
+from ldm.ingest.perceptual import perceptual_hash
+from ldm.ingest.pictures import checked
+from ldm.ingest.ratings import ratings
 from ldm.ingest.reasons import RefusedError, read_message
 from ldm.ingest.rows import Row, Skip
 from ldm.shards import ShardWriter
+
+COLUMNS = [POSITION, "key", "error_message", "sha256", "original_width", "original_height"]
+"""What is read of img2dataset's tables."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,11 @@ class Fetched:
     tar: Path | None = None
     offset: int = 0
     size: int = 0
+    sha256: str = ""
+    """Of the file as it was downloaded, in hexadecimal."""
+    width: int = 0
+    height: int = 0
+    """In pixels, before the crop."""
 
     def read(self) -> bytes:
         """The picture's bytes."""
@@ -40,79 +53,96 @@ def results(folder: Path, image_format: str) -> dict[int, Fetched]:
 
     found: dict[int, Fetched] = {}
     for table_path in sorted(folder.glob("*.parquet")):
-        pictures = _pictures(table_path.with_suffix(".tar"), image_format)
-        table = pq.read_table(table_path, columns=[POSITION, "key", "error_message"])
-        for line in table.to_pylist():
-            message = line["error_message"] or ""
-            found[line[POSITION]] = pictures.get(line["key"]) or Fetched(message)
+        tar = table_path.with_suffix(".tar")
+        members = _members(tar, image_format)
+        for line in pq.read_table(table_path, columns=COLUMNS).to_pylist():
+            found[line[POSITION]] = _fetched(line, tar, members.get(line["key"]))
     return found
 
 
-def _pictures(path: Path, image_format: str) -> dict[str, Fetched]:
+def _members(path: Path, image_format: str) -> dict[str, tarfile.TarInfo]:
+    """The pictures by key."""
     with tarfile.open(path, "r:") as tar:
         return {
-            member.name.partition(".")[0]: Fetched("", path, member.offset_data, member.size)
+            member.name.partition(".")[0]: member
             for member in tar
             if member.name.endswith(f".{image_format}")
         }
 
 
+def _fetched(line: Mapping[str, Any], tar: Path, member: tarfile.TarInfo | None) -> Fetched:
+    if member is None:
+        return Fetched(line["error_message"] or "")
+    size = line["original_width"], line["original_height"]
+    return Fetched("", tar, member.offset_data, member.size, line["sha256"], *size)
+
+
 def repack(
-    rows: Sequence[Row], fetched: Mapping[int, Fetched], out: Path, config: Ingest
-) -> tuple[dict[str, int], list[Skip]]:
+    rows: Sequence[Row],
+    fetched: Mapping[int, Fetched],
+    blocked: Blocklist,
+    out: Path,
+    config: Ingest,
+) -> tuple[list[tuple[Row, Fetched]], list[Skip]]:
     """Write ``SPLIT-*.tar`` into ``out``; ``fetched`` maps indices of ``rows`` to results.
 
-    Returns the samples written by split and the rows skipped.
+    Returns the rows that became samples, in their order, with their results, and the rows skipped.
     """
-    kept: dict[str, int] = {}
+    kept: list[tuple[Row, Fetched]] = []
     skipped: list[Skip] = []
+    sieve = Sieve(config, blocked)
     for split in dict.fromkeys(row.split for row in rows):
-        own = ((row, fetched.get(at)) for at, row in enumerate(rows) if row.split == split)
         with ShardWriter(out, split, config.samples_per_shard) as writer:
-            skipped += _repack_list(own, writer, config)
-            kept[split] = writer.samples
+            for at, row in enumerate(rows):
+                if row.split != split:
+                    continue
+                try:
+                    result = _expect_picture(fetched.get(at))
+                    writer.write(f"{row.number:08d}", sieve.sample(row, result))
+                except RefusedError as refusal:
+                    skipped.append(Skip(row, refusal.reason, refusal.detail))
+                else:
+                    kept.append((row, result))
     return kept, skipped
 
 
-def _repack_list(
-    rows: Iterable[tuple[Row, Fetched | None]], writer: ShardWriter, config: Ingest
-) -> list[Skip]:
-    skipped: list[Skip] = []
-    first: dict[tuple[str, str], int] = {}
-    for row, result in rows:
-        try:
-            content = _verified(result, config)
-        except RefusedError as refusal:
-            skipped.append(Skip(row, refusal.reason, refusal.detail))
-            continue
+class Sieve:
+    """Lets rows through as samples; remembers what it let through."""
+
+    def __init__(self, config: Ingest, blocked: Blocklist) -> None:
+        self.config, self.blocked = config, blocked
+        self.kept = Kept(config.near_duplicates)
+
+    def sample(self, row: Row, fetched: Fetched) -> dict[str, bytes]:
+        """The row's members by extension; raises :class:`RefusedError` when it is not kept."""
+        content = fetched.read()
+        image = checked(content, self.config.image_format, self.config.image_size)
         sha256 = hashlib.sha256(content).hexdigest()
-        earlier = first.setdefault((sha256, row.caption), row.number)
-        if earlier != row.number:
-            skipped.append(Skip(row, "duplicate", f"same picture and caption as row {earlier}"))
-            continue
-        members = {config.image_format: content, "json": _description(row, sha256, config)}
-        writer.write(f"{row.number:08d}", members)
-    return skipped
+        look = None if self.config.near_duplicates is None else perceptual_hash(image)
+        self.blocked.refuse((fetched.sha256, sha256), look)
+        self.kept.add(row, sha256, look)
+        about = _description(row, sha256, look, image.size)
+        return {self.config.image_format: content, "json": about}
 
 
-def _verified(result: Fetched | None, config: Ingest) -> bytes:
+def _expect_picture(result: Fetched | None) -> Fetched:
     if result is None:
         raise RefusedError("no result", "img2dataset said nothing of this row; its log may")
     if result.tar is None:
         raise RefusedError(*read_message(result.message))
-    content = result.read()
-    check(content, config.image_format, config.image_size)
-    return content
+    return result
 
 
-def _description(row: Row, sha256: str, config: Ingest) -> bytes:
-    """The sample's ``json``: sha256 and size are of the picture beside it."""
-    value = {
+def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int]) -> bytes:
+    """The sample's ``json``: hashes and size are of the picture beside it."""
+    value: dict[str, str | float] = {
         "caption": row.caption,
         "url": row.url,
         "row": row.number,
         "sha256": sha256,
-        "width": config.image_size,
-        "height": config.image_size,
+        "width": size[0],
+        "height": size[1],
     }
-    return json.dumps(value, ensure_ascii=False).encode()
+    if look is not None:
+        value["phash"] = f"{look:016x}"
+    return json.dumps(value | ratings(row.rated), ensure_ascii=False).encode()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest.captions import cleaned
+from ldm.ingest.ratings import RATINGS, check_ratings
+from ldm.ingest.reasons import RefusedError
 
 COLUMNS = ("url", "caption")
 
@@ -23,6 +26,8 @@ class Row:
     number: int
     url: str
     caption: str
+    rated: Mapping[str, str] = field(default_factory=dict)
+    """The filled cells of the optional columns, :data:`ldm.ingest.ratings.RATINGS`."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class Skip:
 
 
 def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
-    """Read a CSV file with the columns ``url`` and ``caption``; more columns are left alone.
+    """Read a CSV file with the columns ``url`` and ``caption``, and optional ones.
 
-    Captions come :func:`cleaned`.
+    Captions come :func:`cleaned`. Columns of other names are left alone.
 
     Raises :class:`UserError` when the file is missing, not UTF-8, not CSV, lacks a column or has
     no rows.
@@ -56,15 +61,7 @@ def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
                     f"{path}: has no column {column!r}; its first line must name the columns "
                     f"url and caption (names {found})"
                 )
-        rows = [
-            Row(
-                split,
-                number,
-                (line["url"] or "").strip(),
-                cleaned(line["caption"] or "", max_caption),
-            )
-            for number, line in enumerate(table)
-        ]
+        rows = [_row(split, at, line, max_caption) for at, line in enumerate(table)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
@@ -74,25 +71,42 @@ def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
     return rows
 
 
-def sort_out(rows: Iterable[Row]) -> tuple[list[Row], list[Skip]]:
+def _row(split: str, number: int, line: Mapping[str, str | None], max_caption: int) -> Row:
+    """Cells are None where a line is too short."""
+    cells = {name: cleaned(line.get(name) or "", max_caption) for name in ("caption", *RATINGS)}
+    caption = cells.pop("caption")
+    rated = {name: cell for name, cell in cells.items() if cell}
+    return Row(split, number, (line["url"] or "").strip(), caption, rated)
+
+
+def sort_out(rows: Iterable[Row], config: Ingest) -> tuple[list[Row], list[Skip]]:
     """Split one list's rows into those to download and those to skip unseen.
 
-    Of rows with the same URL the first that has a caption stays.
+    Of rows with the same URL the first that is not skipped for another reason stays.
     """
     wanted: list[Row] = []
     skipped: list[Skip] = []
     first: dict[str, int] = {}
     for row in rows:
-        if not row.caption.strip():
-            skipped.append(Skip(row, "empty caption"))
-        elif ascii_url(row.url) is None:
-            skipped.append(Skip(row, "bad url", "must be http://HOST/... or https://HOST/..."))
-        elif row.url in first:
-            skipped.append(Skip(row, "duplicate", f"same url as row {first[row.url]}"))
+        try:
+            _check(row, config)
+        except RefusedError as refusal:
+            skipped.append(Skip(row, refusal.reason, refusal.detail))
+            continue
+        earlier = first.setdefault(row.url, row.number)
+        if earlier != row.number:
+            skipped.append(Skip(row, "duplicate", f"same url as row {earlier}"))
         else:
-            first[row.url] = row.number
             wanted.append(row)
     return wanted, skipped
+
+
+def _check(row: Row, config: Ingest) -> None:
+    if not row.caption:
+        raise RefusedError("empty caption")
+    if ascii_url(row.url) is None:
+        raise RefusedError("bad url", "must be http://HOST/... or https://HOST/...")
+    check_ratings(row.rated, config)
 
 
 def ascii_url(url: str) -> str | None:
