@@ -166,7 +166,7 @@ class Train(Section):
     """With ``init: random``."""
     noise: NoiseSchedule = NoiseSchedule()
     """With ``init: random``; otherwise the starting model's own scheduler rules."""
-    steps: Count = 440
+    steps: Count = 1900
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
@@ -177,7 +177,7 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 30
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """The squared error of ``x_0`` weighs as much as the signal-to-noise ratio, at most this. With
     null every timestep's error of what the network predicts weighs 1, and there is no floor."""

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ldm.errors import UserError
 
 
 @contextmanager
-def held(path: Path, refusal: str) -> Iterator[None]:
+def held(path: Path, refusal: str, patience_s: float = 0) -> Iterator[None]:
     """Hold a lock on a file, made if there is none, while the block runs.
 
     The system lets go of it when the process ends, killed or not. Raises :class:`UserError` with
-    ``refusal`` while another process holds it.
+    ``refusal`` if another process still holds it after ``patience_s`` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(refusal) from error
+        while not _taken(file):
+            if time.monotonic() >= deadline:
+                raise UserError(refusal)
+            time.sleep(0.1)
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

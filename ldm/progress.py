@@ -11,7 +11,9 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], what: str, total: int, unit: str, done: int = 0) -> tqdm[Item]:
+def progress(
+    items: Iterable[Item], what: str, total: int, unit: str, done: int = 0, *, shown: bool = True
+) -> tqdm[Item]:
     """Wrap ``items`` in a bar; where no terminal watches, it prints at most every 20 seconds."""
     watched = sys.stderr.isatty()
     return tqdm(
@@ -24,6 +26,7 @@ def progress(items: Iterable[Item], what: str, total: int, unit: str, done: int 
         ncols=None if watched else 100,
         mininterval=0.2 if watched else 20,
         maxinterval=1 if watched else 60,
+        disable=not shown,
     )
 
 

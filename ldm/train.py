@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+import torch
+from accelerate import Accelerator
 
 from ldm import checkpoint
 from ldm.artifacts import digest_json, write_whole, writing
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache
 from ldm.denoiser import Denoiser
-from ldm.device import has_bfloat16, tune
+from ldm.device import device_of, has_bfloat16
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
+from ldm.locks import held
 from ldm.models import digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
@@ -39,11 +43,13 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     latents and the starting weights. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a
     checkpoint of the last step written.
     """
-    config = _settled(config)
+    device = device_of()
+    config = _settled(config, device)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+        cpu=device.type == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
     )
-    tune(accelerator.device)
     _check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
     cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
@@ -55,13 +61,13 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     about = checkpoint.Model(
         shape_of(unet), schedule, pretrained.pipeline, revision=pretrained.revision
     )
-    if accelerator.is_main_process:
-        checkpoint.describe(run, about)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     trained_text = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, trained_text)
-    trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
-    with Termination() as termination:
+    with _alone(accelerator, run), Termination() as termination:
+        if accelerator.is_main_process:
+            checkpoint.describe(run, about)
+        trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
         if not trainer.run(termination):
             sys.exit(termination.exit_code)
     if accelerator.is_main_process:
@@ -76,12 +82,22 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     accelerator.wait_for_everyone()
 
 
-def _settled(config: Train) -> Train:
-    """The same settings with the precision that this machine gives ``auto``."""
+def _settled(config: Train, device: torch.device) -> Train:
+    """The same settings with the precision that the device gives ``auto``."""
     if config.mixed_precision != "auto":
         return config
-    lower = has_bfloat16(PartialState().device)
+    lower = has_bfloat16(device)
     return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
+
+
+@contextmanager
+def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Be the run's only training. One whose parent was killed may yet write its checkpoint."""
+    refusal = f"{run}: another training writes it; wait for it, or stop it"
+    main = accelerator.is_main_process
+    with held(run / "lock", refusal, patience_s=60) if main else nullcontext():
+        accelerator.wait_for_everyone()
+        yield
 
 
 def settings_of_result(config: Train) -> dict[str, Any]:

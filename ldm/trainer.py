@@ -71,8 +71,8 @@ class Trainer:
         first = self._resume()
         log = RunLog(self.folder / LOG, first, writes=main)
         micro_batches = self._micro_batches(first)
-        bar = progress(range(first, config.steps), "train", config.steps, "steps", done=first)
-        bar.disable = not main
+        steps = range(first, config.steps)
+        bar = progress(steps, "train", config.steps, "steps", done=first, shown=main)
         with checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
             for step in bar:
                 rate = self._set_rates(step)
