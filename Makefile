@@ -63,6 +63,7 @@ setup: $(VENV)/.installed ## make the Python environment
 
 demo: $(VENV)/.installed ## the whole way on embedded data: scenes, retraining, promotion
 	$(BIN)/ldm scenes
+	$(BIN)/dvc commit --quiet data.dvc
 	$(BIN)/python -m flows.retrain
 
 test: $(VENV)/.installed ## run the tests; ARGS="-m 'not slow'" for the quick ones

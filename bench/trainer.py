@@ -6,79 +6,68 @@ weights in the same precision; the bare one sees one fixed batch and does nothin
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from bench.compare import compare
 from ldm.config import Pretrained, Train
-from ldm.data import LatentCache, TrainingBatches
+from ldm.data import LatentCache
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
-from ldm.device import autocast, device_of
-from ldm.ema import Ema
+from ldm.device import autocast, device_of, has_bfloat16
 from ldm.models import locate
 from ldm.objective import Objective
+from ldm.run_log import RunLog
+from ldm.termination import Termination
+from ldm.trainer import LOG, Trainer
 from ldm.unet import denoise
 
-BATCH, ROUNDS, STEPS = 64, 5, 4
+BATCH, ROUNDS, STEPS = 64, 7, 20
 
 
 def main() -> None:
     """Print samples a second of both loops and their ratio."""
-    bare, ours = loops(Path("artifacts/latents"))
-    compare(
-        f"training, tiny, batch {BATCH}, precision auto: samples a second",
-        ("bare loop", bare),
-        ("ours", ours),
-        STEPS * BATCH,
-        ROUNDS,
-    )
+    with tempfile.TemporaryDirectory() as run:
+        bare, ours = loops(Path("artifacts/latents"), Path(run))
+        title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
+        compare(title, ("bare loop", bare), ("ldm train", ours), STEPS * BATCH, ROUNDS)
 
 
-def loops(latents: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+def loops(latents: Path, run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     """The bare loop and the trainer's, each a function that takes ``STEPS`` steps."""
     device = device_of()
+    config = Train(batch_size=BATCH, steps=10**6)
     source = locate(Pretrained().pipeline)
-    weights = Train()
-    objective = Objective.of(
-        load_scheduler_config(source), weights.min_snr_gamma, weights.snr_floor
-    )
+    schedule = load_scheduler_config(source)
+    objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
+    precision = "bf16" if has_bfloat16(device) else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     cache = LatentCache(latents, "train")
-    batches = TrainingBatches(
-        cache, seed=0, batch_size=BATCH, timesteps=len(objective.levels), caption_dropout=0.1
-    )
-    fixed = batches[0].to(device)
-
-    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        unet = load_unet(source).to(device).train()
-        return unet, torch.optim.AdamW(unet.parameters(), lr=1e-4)
-
-    unet_bare, optimizer_bare = make()
-    unet_ours, optimizer_ours = make()
-    denoiser = Denoiser(unet_ours)
-    ema = Ema(denoiser, 0.999)
-    position = iter(range(1, 10**9))
-
-    def step(unet: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    held_out = LatentCache(latents, "validation")
+    denoiser = Denoiser(load_unet(source))
+    trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
+    micro_batches, numbers = trainer.micro_batches(0), count()
+    log = RunLog(run / LOG, 0, writes=True)
+    unet = load_unet(source).to(device).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+    fixed = trainer.batches[0].to(device)
 
     def bare() -> None:
         for _ in range(STEPS):
             with autocast(device, "auto"):
-                output = denoise(unet_bare, fixed.latents, fixed.timesteps, fixed.texts)
+                output = denoise(unet, fixed.latents, fixed.timesteps, fixed.texts)
                 loss = torch.nn.functional.mse_loss(output.float(), fixed.noise)
-            step(unet_bare, optimizer_bare, loss)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def ours() -> None:
         for _ in range(STEPS):
-            batch = batches[next(position)].to(device)
-            with autocast(device, "auto"):
-                loss = objective.loss(denoiser, batch).mean()
-            step(unet_ours, optimizer_ours, loss)
-            ema.update(denoiser)
+            trainer.step(next(numbers), micro_batches, Termination(), log)
 
     return bare, ours

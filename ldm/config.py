@@ -166,7 +166,7 @@ class Train(Section):
     """With ``init: random``."""
     noise: NoiseSchedule = NoiseSchedule()
     """With ``init: random``; otherwise the starting model's own scheduler rules."""
-    steps: Count = 1900
+    steps: Count = 1800
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1

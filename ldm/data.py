@@ -194,8 +194,12 @@ def spread_share(seed: int, position: int) -> float:
     Multiples of the golden ratio modulo 1 from a random start: any run of positions covers the
     range more evenly than independent draws, which lowers the variance of a batch's loss.
     """
-    start = counter_based(seed, TIMESTEPS, 0).random()
-    return float((start + position * GOLDEN) % 1.0)
+    return float((_first_share(seed) + position * GOLDEN) % 1.0)
+
+
+@lru_cache(maxsize=2)
+def _first_share(seed: int) -> float:
+    return float(counter_based(seed, TIMESTEPS, 0).random())
 
 
 def shifted(share: float, shift: float) -> float:

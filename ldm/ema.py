@@ -14,26 +14,20 @@ class Ema:
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
-        self.average = {
-            name: parameter.detach().float().clone()
-            for name, parameter in module.named_parameters()
-        }
+        self._present = dict(module.named_parameters())
+        self.average = {name: one.detach().float().clone() for name, one in self._present.items()}
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move the average towards the weights after optimizer step ``step``, 1 for the first."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        present = dict(module.named_parameters())
-        torch._foreach_lerp_(
-            list(self.average.values()),
-            [present[name].detach().float() for name in self.average],
-            weight,
-        )
+        present = [self._present[name].detach().float() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), present, weight)
 
     @torch.no_grad()
-    def swap(self, module: torch.nn.Module) -> None:
+    def swap(self) -> None:
         """Exchange the module's weights and the average; a second call undoes the first."""
-        for name, parameter in module.named_parameters():
+        for name, parameter in self._present.items():
             held = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(held)

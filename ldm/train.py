@@ -71,7 +71,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
         if not trainer.run(termination):
             sys.exit(termination.exit_code)
     if accelerator.is_main_process:
-        trainer.ema.swap(denoiser)
+        trainer.ema.swap()
         counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
         log = (run / LOG).read_bytes()
         with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:

@@ -48,6 +48,7 @@ class Trainer:
         self.cache, self.held_out, self.folder = cache, held_out, run
         self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
         self.prepared, self.optimizer = accelerator.prepare(denoiser, _optimizer(config, denoiser))
+        self.parameters = list(self.prepared.parameters())
         self.ema = Ema(denoiser, config.ema_decay)
         self.batches = TrainingBatches(
             cache,
@@ -70,13 +71,13 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         first = self._resume()
         log = RunLog(self.folder / LOG, first, writes=main)
-        micro_batches = self._micro_batches(first)
+        micro_batches = self.micro_batches(first)
         steps = range(first, config.steps)
         bar = progress(steps, "train", config.steps, "steps", done=first, shown=main)
         with checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
             for step in bar:
                 rate = self._set_rates(step)
-                loss, norm, stopping = self._step(step, micro_batches, termination, log)
+                loss, norm, stopping = self.step(step, micro_batches, termination, log)
                 done = step + 1
                 if done % config.log_every == 0 and math.isfinite(loss + norm):
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
@@ -102,7 +103,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         return factor * config.learning_rate
 
-    def _step(
+    def step(
         self, step: int, micro_batches: Iterator[Batch], termination: Termination, log: RunLog
     ) -> tuple[float, float, bool]:
         """One optimizer step: mean loss, gradient norm before clipping, whether to stop.
@@ -118,7 +119,7 @@ class Trainer:
                 each = self.objective.loss(self.prepared, batch)
                 accelerator.backward(each.mean())
             losses.append(each.detach())
-        norm = accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         asked = torch.tensor(float(termination.signal is not None), device=norm.device)
         seen = torch.stack((torch.stack(losses).mean(), asked))
         loss, stopping = accelerator.reduce(seen, "mean").tolist()
@@ -128,7 +129,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if finite:
-            self.ema.update(self.denoiser, step + 1)
+            self.ema.update(step + 1)
             self._skipped_in_a_row = 0
         elif accelerator.scaler is None or not math.isfinite(loss):
             self._note_skipped(step, losses, log)
@@ -154,7 +155,7 @@ class Trainer:
 
         In all, and by band of timesteps.
         """
-        self.ema.swap(self.denoiser)
+        self.ema.swap()
         self.denoiser.eval()
         losses, bands = [], []
         timesteps = len(self.objective.levels)
@@ -170,12 +171,12 @@ class Trainer:
                 )
             bands.append(batch.timesteps * BANDS // timesteps)
         self.denoiser.train()
-        self.ema.swap(self.denoiser)
+        self.ema.swap()
         loss, band = torch.cat(losses), torch.cat(bands)
         by_band = [round(float(loss[band == number].mean()), 6) for number in range(BANDS)]
         return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": by_band}
 
-    def _micro_batches(self, first: int) -> Iterator[Batch]:
+    def micro_batches(self, first: int) -> Iterator[Batch]:
         """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
         config = self.config
         numbers = range(first * config.accumulation, config.steps * config.accumulation)
