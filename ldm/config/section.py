@@ -1,0 +1,22 @@
+"""What every section of the settings is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+"""``auto``: bfloat16 where the hardware computes it, else float32."""
+
+
+class Section(BaseModel):
+    """Frozen, and no key it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for manifests."""
+        return self.model_dump(mode="json")
