@@ -24,13 +24,16 @@ def device_of() -> torch.device:
 
 
 def tune(device: torch.device) -> None:
-    """On a CPU, leave the flash kernel of scaled dot-product attention aside.
+    """On a CPU, have scaled dot-product attention computed by the plain formula, in bfloat16 as well.
 
-    On the short sequences of small latents its backward pass alone took 38 % of a training step;
-    the plain formula makes the whole step a third faster.
+    On the short sequences of small latents the flash kernel's backward pass alone took 38 % of a
+    training step; the plain formula makes the whole step a third faster. Left to itself it
+    computes bfloat16 in float32; in bfloat16 a step takes 9 % less. (The switches are named after
+    cuda, and are everyone's.)
     """
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 def has_bfloat16(device: torch.device) -> bool:

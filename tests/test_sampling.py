@@ -11,7 +11,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from ldm.config import Sampling
 from ldm.images import psnr
-from ldm.models import Source
+from ldm.models import Source, tiny_folder
 from ldm.sampling import Painter, Request
 from ldm.schedulers import SAMPLERS, make_sampler
 from ldm.schedulers.reference import SCHEDULERS
@@ -89,6 +89,13 @@ def test_it_draws_what_diffusers_draws(painter: Painter, pipeline: Path) -> None
     ).images
     ours = pictures(painter, REQUESTS[:1], QUICK)
     assert psnr(ours, np.rint(theirs * 255).astype(np.uint8)).min() > 40
+
+
+def test_tiny_opens_with_diffusers_as_it_is() -> None:
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    theirs.set_progress_bar_config(disable=True)
+    (drawn,) = theirs("a red star", num_inference_steps=2).images
+    assert drawn.size == (64, 64)
 
 
 def test_a_folder_in_sd1_layout_draws_what_diffusers_draws_from_it(

@@ -20,7 +20,11 @@ FIRST = ("vae", "tokenizer", "clip")
 
 
 def install(model: Path, first_stage: Path, target: Path) -> None:
-    """Copy the first stage, and the UNet and text encoder in half precision, to ``target``."""
+    """Copy the first stage and, in half precision, the UNet and the text encoder to ``target``.
+
+    The text encoder's file is float32 all the same: transformers loads what the file has, diffusers
+    float32, and the two would not fit together in a pipeline that is opened as it is.
+    """
     opening(model, "model", "train")
     opening(first_stage, "first-stage", "first-stage")
     for part in FIRST:
@@ -29,7 +33,7 @@ def install(model: Path, first_stage: Path, target: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float16)
     unet.save_pretrained(target / "unet")
     source = Source(str(model))
-    load_text_encoder(source)[1].half().save_pretrained(target / "text_encoder")
+    load_text_encoder(source)[1].half().float().save_pretrained(target / "text_encoder")
     shutil.rmtree(target / "scheduler", ignore_errors=True)
     shutil.copytree(model / "scheduler", target / "scheduler")
     shutil.copyfile(model / "model_index.json", target / "model_index.json")
