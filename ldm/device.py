@@ -24,7 +24,7 @@ def device_of() -> torch.device:
 
 
 def tune(device: torch.device) -> None:
-    """On a CPU, have scaled dot-product attention computed by the plain formula, in bfloat16 as well.
+    """On a CPU, have attention computed by the plain formula, in bfloat16 as well.
 
     On the short sequences of small latents the flash kernel's backward pass alone took 38 % of a
     training step; the plain formula makes the whole step a third faster. Left to itself it
