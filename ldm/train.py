@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm import checkpoint
-from ldm.artifacts import digest_json, write_whole, writing
+from ldm.artifacts import digest_file, digest_json, write_whole, writing
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache
 from ldm.denoiser import Denoiser
@@ -35,12 +35,19 @@ from ldm.termination import Termination, ask_when_orphaned
 from ldm.trainer import LOG, Trainer
 from ldm.unet import shape_of
 
+DECIDING = (
+    *("data", "denoiser", "device", "diffusion", "ema", "latents", "objective", "schedule"),
+    *("trainer", "unet"),
+)
+"""Modules, besides ``ldm.nn``."""
+
 
 def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs: Path) -> None:
     """Train and write a pipeline folder with the averaged weights to ``out``.
 
     Checkpoints and ``log.jsonl`` go to a folder of ``runs`` named by a digest of the settings, the
-    latents and the starting weights. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a
+    latents, the starting weights and the code that decides the result: a finished run of other code
+    is not gone on with. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a
     checkpoint of the last step written.
     """
     device = device_of()
@@ -57,7 +64,7 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     unet, schedule = starting_point(config, pretrained, cache, encoders)
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
-    run = runs / digest_json({"config": settings, "inputs": inputs})[:12]
+    run = runs / digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
     about = checkpoint.Model(
         shape_of(unet), schedule, pretrained.pipeline, revision=pretrained.revision
     )
@@ -88,6 +95,13 @@ def _settled(config: Train, device: torch.device) -> Train:
         return config
     lower = has_bfloat16(device)
     return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
+
+
+def _code() -> list[str]:
+    """Digests of the files that decide what a step does."""
+    here = Path(__file__).parent
+    files = [*(here / f"{name}.py" for name in DECIDING), *sorted((here / "nn").glob("*.py"))]
+    return [digest_file(file) for file in files]
 
 
 @contextmanager
