@@ -76,7 +76,7 @@ def adherence() -> None:
     if not EVALUATION.is_file():
         print(f"\nno {EVALUATION}: run `ldm scenes` for the adherence of --fast")
         return
-    prompts = read_prompts(EVALUATION, seed=0)
+    prompts = [prompt for prompt in read_prompts(EVALUATION, seed=0) if prompt.scene]
     painter = Painter.load(Source(str(tiny_folder())))
     requests = [Request(prompt.prompt, prompt.seed) for prompt in prompts]
     wanted = [read_description(prompt.scene) for prompt in prompts if prompt.scene]

@@ -12,17 +12,17 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from bench.compare import compare
 from ldm.config import Pretrained, Train
 from ldm.data import LatentCache
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
-from ldm.device import autocast, device_of, has_bfloat16
+from ldm.device import autocast, device_of
 from ldm.models import locate
 from ldm.objective import Objective
 from ldm.run_log import RunLog
 from ldm.termination import Termination
+from ldm.train import accelerator_for, settled
 from ldm.trainer import LOG, Trainer
 from ldm.unet import denoise
 
@@ -40,12 +40,11 @@ def main() -> None:
 def loops(latents: Path, run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     """The bare loop and the trainer's, each a function that takes ``STEPS`` steps."""
     device = device_of()
-    config = Train(batch_size=BATCH, steps=10**6)
+    config = settled(Train(batch_size=BATCH, steps=10**6), device)
     source = locate(Pretrained().pipeline)
     schedule = load_scheduler_config(source)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
-    precision = "bf16" if has_bfloat16(device) else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    accelerator = accelerator_for(config, device)
     cache = LatentCache(latents, "train")
     held_out = LatentCache(latents, "validation")
     denoiser = Denoiser(load_unet(source))

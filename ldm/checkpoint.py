@@ -133,11 +133,17 @@ def _prune(run: Path, keep: int) -> None:
 
 def _val_loss(folder: Path) -> float:
     """A checkpoint's validation loss; infinite where it has none."""
-    try:
-        loss = json.loads((folder / STATE).read_text())["val_loss"]
-    except (OSError, ValueError, KeyError):
-        return math.inf
+    loss = (_state(folder) or {}).get("val_loss")
     return math.inf if loss is None else float(loss)
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    """What ``state.json`` says; None if it is not there or cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and "files" in state else None
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -146,7 +152,8 @@ def newest(run: Path) -> Checkpoint | None:
         if damage := damage_of(folder):
             say(f"train: {damage}; going on from an earlier checkpoint, if there is one")
             continue
-        state = json.loads((folder / STATE).read_text())
+        state = _state(folder)
+        assert state is not None  # It has no damage.
         parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
         return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
     return None
@@ -159,11 +166,10 @@ def folders(run: Path) -> list[Path]:
 
 def damage_of(folder: Path) -> str | None:
     """Which file of a checkpoint is not as it was written; None if it is whole."""
-    try:
-        files = json.loads((folder / STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    state = _state(folder)
+    if state is None:
         return f"{folder / STATE} is missing or altered"
-    for name, digest in files.items():
+    for name, digest in state["files"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return f"{folder / name} is missing or altered"
     return None

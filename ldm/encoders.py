@@ -21,13 +21,14 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
-from ldm import images
+from ldm import device, images
 from ldm.artifacts import digest_file, digest_json
 from ldm.config import Encode
 from ldm.images import decode_image, to_model
 from ldm.models import digest_weights
 
 LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
+CODE = (__file__, device.__file__)
 APPLIED_AT_LOAD = {"scaling_factor", "shift_factor"}
 
 
@@ -65,7 +66,7 @@ class Encoder:
 
 def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) -> Encoder:
     """A picture's encoded bytes to its posterior moments, in the type of storage."""
-    basis = _basis(vae, vae.config, config, __file__, images.__file__)
+    basis = _basis(vae, vae.config, config, *CODE, images.__file__)
     vae = vae.to(device, getattr(torch, config.compute))
 
     def run(pictures: list[bytes]) -> np.ndarray:
@@ -77,7 +78,7 @@ def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) ->
 
 def text_encoder(clip: CLIPTextModel, config: Encode, device: torch.device) -> Encoder:
     """A caption's int64 token ids, as bytes, to its states (tokens, width), in that type."""
-    basis = _basis(clip, clip.config.to_dict(), config, __file__)
+    basis = _basis(clip, clip.config.to_dict(), config, *CODE)
     clip = clip.to(device, getattr(torch, config.compute))
 
     @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from subprocess import CalledProcessError
 from types import FrameType
@@ -17,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ldm.config import Params
 from ldm.errors import UserError
+from ldm.termination import taken_over
 
 
 def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> None:
@@ -55,20 +55,16 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
 
 def _launched(*arguments: str) -> int:
     """The exit code of ``accelerate launch``'s processes, by the shell's convention."""
-    before = {number: signal.signal(number, _forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        launch_command(launch_command_parser().parse_args(arguments))
-    except CalledProcessError as failed:
-        code = failed.returncode
-    except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-    except SignalException as stopped:
-        code = -stopped.sigval
-    else:
-        code = 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    code = 0
+    with taken_over(_forward):
+        try:
+            launch_command(launch_command_parser().parse_args(arguments))
+        except CalledProcessError as failed:
+            code = failed.returncode
+        except ChildFailedError as failed:
+            code = failed.get_first_failure()[1].exitcode
+        except SignalException as stopped:
+            code = -stopped.sigval
     return code if code >= 0 else 128 - code
 
 

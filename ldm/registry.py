@@ -95,8 +95,7 @@ def _new_version(
 def _curves(log: Path) -> tracking.Points:
     """Training loss, learning rate, gradient norm and validation loss by step."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = {"loss": "train_loss", "lr": "lr", "gradient_norm": "gradient_norm"}
-    names["val_loss"] = "val_loss"
+    names = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
     return {(names[key], line["step"]): line[key] for line in lines for key in names if key in line}
 
 

@@ -5,30 +5,33 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 
 
-class Termination:
-    """Remembers the first signal that asked; the training looks after every step.
+@contextmanager
+def taken_over(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have the signals call ``handler`` while the block runs."""
+    before = {number: signal.signal(number, handler) for number in ASKING}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
-    Entered, it takes the signals over; left, it gives them back.
-    """
+
+class Termination:
+    """Remembers the first signal that asked; the training looks after every step."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __enter__(self) -> Termination:
-        self._before = {number: signal.signal(number, self._asked) for number in ASKING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _asked(self, number: int, _: FrameType | None) -> None:
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """Handle a signal."""
         self.signal = self.signal or number
 
     @property

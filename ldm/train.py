@@ -31,7 +31,7 @@ from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
 from ldm.starting_point import starting_point
-from ldm.termination import Termination, ask_when_orphaned
+from ldm.termination import Termination, ask_when_orphaned, taken_over
 from ldm.trainer import LOG, Trainer
 from ldm.unet import shape_of
 
@@ -51,12 +51,8 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     checkpoint of the last step written.
     """
     device = device_of()
-    config = _settled(config, device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
-    )
+    config = settled(config, device)
+    accelerator = accelerator_for(config, device)
     _check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
     cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
@@ -71,7 +67,8 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     trained_text = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, trained_text)
-    with _alone(accelerator, run), Termination() as termination:
+    termination = Termination()
+    with _alone(accelerator, run), taken_over(termination.ask):
         if accelerator.is_main_process:
             checkpoint.describe(run, about)
         trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
@@ -89,12 +86,21 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     accelerator.wait_for_everyone()
 
 
-def _settled(config: Train, device: torch.device) -> Train:
+def settled(config: Train, device: torch.device) -> Train:
     """The same settings with the precision that the device gives ``auto``."""
     if config.mixed_precision != "auto":
         return config
     lower = has_bfloat16(device)
     return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
+
+
+def accelerator_for(config: Train, device: torch.device) -> Accelerator:
+    """This process's part in a training, on the device's kind."""
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+    )
 
 
 def _code() -> list[str]:

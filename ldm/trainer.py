@@ -45,7 +45,7 @@ class Trainer:
         run: Path,
     ) -> None:
         self.accelerator, self.config, self.objective = accelerator, config, objective
-        self.cache, self.held_out, self.folder = cache, held_out, run
+        self.held_out, self.folder = held_out, run
         self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
         self.prepared, self.optimizer = accelerator.prepare(denoiser, _optimizer(config, denoiser))
         self.parameters = list(self.prepared.parameters())

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,7 @@ from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
 from ldm.shards import ShardWriter
 from ldm.text import tokenize
+from tests.launched import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -365,13 +365,6 @@ def launch(project: Project) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
-def wait_for_pieces(project: Project, process: subprocess.Popen[bytes], count: int) -> None:
-    deadline = time.monotonic() + 120
-    while stored(project.runs) < count:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -380,7 +373,7 @@ def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     many = {f"{row:08d}": (picture(row), f"{row}") for row in range(4 * encoded.PIECE)}
     write_images(project.images, many)
     process = launch(project)
-    wait_for_pieces(project, process, 2)
+    wait_for(lambda: stored(project.runs) >= 2, process)
     with pytest.raises(UserError, match=r"latents: another process encodes it; wait"):
         project.encode_into(project.out, tmp_path / "other-runs")
     with pytest.raises(UserError, match=r"runs: another `ldm encode` uses it; .*--runs"):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import scenes
 from PIL import Image
 
 from ldm.config import Sampling
@@ -15,6 +14,7 @@ from ldm.explain import STEPS, explain, forward, reverse
 from ldm.images import psnr
 from ldm.models import Source, tiny_folder
 from ldm.sampling import Painter, Request
+from tests.conftest import scenes
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,16 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from subprocess import Popen
 
 import psutil
 import pytest
-from launched import launch
 
 from ldm.artifacts import opening
+from tests.launched import launch, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.kills]
 
@@ -76,9 +77,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     for number, way in enumerate(ways):
         process = launch(pipeline, latents, tmp_path / "killed", **settings)
         wanted = SETTINGS["steps"] * (number + 1) // (KILLS + 1)
-        while steps_done(tmp_path / "killed") < wanted:
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_for(partial(has_done, tmp_path / "killed", wanted), process)
         time.sleep(rng.uniform(0, 0.1))
         way(process)
         code = process.wait()
@@ -90,6 +89,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     assert straight.files == killed.files
 
 
-def steps_done(folder: Path) -> int:
-    """Lines of the log, one a step."""
-    return sum(log.read_text().count('"loss"') for log in folder.glob("runs/*/log.jsonl"))
+def has_done(folder: Path, steps: int) -> bool:
+    """Whether the log has so many steps, each a line."""
+    logs = folder.glob("runs/*/log.jsonl")
+    return sum(log.read_text().count('"loss"') for log in logs) >= steps

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from launched import SHORT, launch, wait_for
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import opening
@@ -26,6 +25,7 @@ from ldm.errors import UserError
 from ldm.models import Source
 from ldm.sampling import Painter, Request
 from ldm.train import train
+from tests.launched import SHORT, launch, wait_for
 
 
 def run_here(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Path:
