@@ -1,18 +1,11 @@
-"""The frozen encoders: each result is a function of its item alone, whatever is encoded beside it.
-
-The last bits of a result depend on the shape of its batch and, on a CPU, on how threads share that:
-of 63 pictures on two threads, each place gives others. So every batch is full, the last one filled
-up with copies, and on a CPU each is computed by one thread.
-"""
+"""The frozen encoders: each result is a function of its item alone (:mod:`ldm.batches`)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +14,15 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
-from ldm import device, images
+from ldm import batches, device, images
 from ldm.artifacts import digest_file, digest_json
+from ldm.batches import in_full_batches
 from ldm.config import Encode
 from ldm.images import decode_image, to_model
 from ldm.models import digest_weights
 
 LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
-CODE = (__file__, device.__file__)
+CODE = (__file__, batches.__file__, device.__file__)
 APPLIED_AT_LOAD = {"scaling_factor", "shift_factor"}
 
 
@@ -48,20 +42,8 @@ class Encoder:
 
     def results(self, items: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Each item's result, in order; a batch for each thread is held at a time."""
-        threads = torch.get_num_threads()
-        workers, threads_each = (threads, 1) if self.device.type == "cpu" else (1, threads)
-        pool = ThreadPoolExecutor(workers, "encode", torch.set_num_threads, (threads_each,))
-        try:
-            with pool:
-                for group in _parts(items, workers * self.batch_size):
-                    for results in pool.map(self._full, _parts(group, self.batch_size)):
-                        yield from results
-        finally:
-            torch.set_num_threads(threads)  # What a worker sets is in part the whole process's.
-
-    def _full(self, batch: list[bytes]) -> np.ndarray:
-        filling = [batch[-1]] * (self.batch_size - len(batch))
-        return self.run(batch + filling)[: len(batch)]
+        at_a_time = torch.get_num_threads() if self.device.type == "cpu" else 1
+        return in_full_batches(self.run, items, self.batch_size, at_a_time)
 
 
 def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) -> Encoder:
@@ -95,12 +77,6 @@ def posterior_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.devi
     """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/8, w/8): mean above log-variance."""
     inputs = to_model(pixels).to(device, vae.dtype)
     return vae.encode(inputs).latent_dist.parameters.float().cpu().numpy()
-
-
-def _parts(items: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
 
 
 def _basis(module: torch.nn.Module, shape: Mapping[str, Any], config: Encode, *code: str) -> str:

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ldm.artifacts import digest_file, digest_json, write_json, write_whole
+from ldm.batches import parts
 from ldm.device import settled
 from ldm.errors import UserError
 from ldm.images import encode_png
@@ -30,7 +30,6 @@ from ldm.text import cut_off
 
 Prompts = Path | list[dict[str, Any]]
 """A file, or rows: a bad one among these is an error, in a file it is skipped and listed."""
-Item = TypeVar("Item")
 
 LOOSE_PART = 200
 """Rows drawn and published together where pictures are loose files."""
@@ -157,7 +156,7 @@ def _draw(painter: Painter, prompts: Prompts, job: Job, out: Path, total: int) -
     digits = max(5, len(str(total * job.images_per_prompt - 1)))
     bar = progress((), "generate", total * job.images_per_prompt, "pictures")
     warned = 0
-    for part, numbered in enumerate(_parts(enumerate(_read(prompts)), size)):
+    for part, numbered in enumerate(parts(enumerate(_read(prompts)), size)):
         table = out / TABLES / f"part-{part:06d}.jsonl"
         if not table.is_file():
             drawings, skipped = _plan(painter, numbered, job, digits)
@@ -172,12 +171,6 @@ def _draw(painter: Painter, prompts: Prompts, job: Job, out: Path, total: int) -
         else:
             bar.update(len(numbered) * job.images_per_prompt)
     bar.close()
-
-
-def _parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
 
 
 def _plan(

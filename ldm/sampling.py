@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ldm.batches import in_full_batches
 from ldm.config import Sampling
 from ldm.denoiser import load_model
 from ldm.device import autocast, device_of
@@ -24,6 +26,8 @@ from ldm.unet import Network, denoise
 
 LARGEST = 8
 """Sides of a picture, in sides of what the model was trained for."""
+SMALL, LANES = 32 * 32, 8
+"""On a CPU, pictures of at most so many latents are drawn in batches of so many, one a thread."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,22 @@ class Painter:
         """Yield one uint8 (height, width, 3) picture a request, in order.
 
         A picture depends on its own request and settings alone: noise comes from one CPU generator
-        a request, so batches may be cut anywhere. Sizes are in pixels, by default the model's own;
-        :class:`UserError` when the autoencoder cannot make one.
+        a request, and all batches have one shape, on a CPU whatever ``batch_size`` says. On a GPU
+        another batch size may give other last bits, as much as one level of 255.
+
+        Sizes are in pixels, by default the model's own; :class:`UserError` when the autoencoder
+        cannot make one.
         """
-        for start in range(0, len(requests), sampling.batch_size):
-            batch = requests[start : start + sampling.batch_size]
+
+        def run(batch: list[Request]) -> np.ndarray:
             latents = deque(self.trajectory(batch, sampling, height, width), maxlen=1).pop()
-            yield from to_pixels(self.decode(latents))
+            return to_pixels(self.decode(latents))
+
+        size, at_a_time = min(sampling.batch_size, len(requests)), 1
+        if self.device.type == "cpu":
+            small = math.prod(self.latent_size(height, width)) <= SMALL
+            size, at_a_time = (LANES, torch.get_num_threads()) if small else (1, 1)
+        return in_full_batches(run, requests, size, at_a_time)
 
     @torch.inference_mode()
     def trajectory(
@@ -136,11 +149,10 @@ class Painter:
 
     @torch.inference_mode()
     def text_states(self, texts: Sequence[str]) -> torch.Tensor:
-        """Hidden states of shape (n, tokens, width); equal texts are encoded once."""
-        distinct = list(dict.fromkeys(texts))
-        ids = tokenize(self.tokenizer, distinct).to(self.device)
-        states = self.text_encoder(ids).last_hidden_state
-        return states[[distinct.index(text) for text in texts]]
+        """Hidden states of shape (n, tokens, width)."""
+        ids = tokenize(self.tokenizer, texts).to(self.device)
+        states: torch.Tensor = self.text_encoder(ids).last_hidden_state
+        return states
 
     @property
     def pixels_a_latent(self) -> int:

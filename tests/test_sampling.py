@@ -10,6 +10,7 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from ldm.config import Sampling
+from ldm.config.section import Precision
 from ldm.images import psnr
 from ldm.models import Source, tiny_folder
 from ldm.sampling import Painter, Request
@@ -30,13 +31,24 @@ def pictures(painter: Painter, requests: list[Request], sampling: Sampling) -> n
     return np.stack(list(painter.draw(requests, sampling)))
 
 
-def test_batch_and_order_do_not_matter(painter: Painter) -> None:
-    together = pictures(painter, REQUESTS, QUICK)
-    alone = pictures(painter, REQUESTS, QUICK.model_copy(update={"batch_size": 1}))
-    turned = pictures(painter, REQUESTS[::-1], QUICK)[::-1]
-    assert together.shape == (3, 64, 64, 3)
-    assert psnr(together, alone).min() > 50
-    assert psnr(together, turned).min() > 50
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("height", [None, 288], ids=["small", "large"])
+def test_a_picture_is_the_same_whatever_is_drawn_beside_it(
+    painter: Painter, compute: Precision, height: int | None
+) -> None:
+    """Bit for bit, whatever the batch size, the order and the other prompts."""
+    sampling = Sampling(steps=2, compute=compute, batch_size=3)
+    requests = [Request(f"{number} red circles", number) for number in range(3 if height else 11)]
+
+    def drawn(requests: list[Request], batch_size: int = 3) -> list[bytes]:
+        settings = sampling.model_copy(update={"batch_size": batch_size})
+        return [one.tobytes() for one in painter.draw(requests, settings, height=height)]
+
+    together = drawn(requests)
+    assert drawn(requests, batch_size=16) == together
+    assert drawn(requests[::-1])[::-1] == together
+    assert drawn(requests[1:2]) == together[1:2]
+    assert len(set(together)) == len(together)
 
 
 def test_seed_prompt_negative_and_guidance_matter(painter: Painter) -> None:

@@ -25,6 +25,8 @@ class Sampling(Section):
     compute: Precision = "float32"
     """Precision of the UNet."""
     batch_size: Count = 40
+    """Pictures at a time on a GPU. A CPU has batches of its own, so that a picture is the same to
+    the last bit whatever is drawn beside it."""
     seed: int = 0
 
     @model_validator(mode="after")
