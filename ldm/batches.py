@@ -1,15 +1,15 @@
 """Computing items in batches so that each result is a function of its item alone.
 
 The last bits of a result depend on the shape of its batch and, on a CPU, on how threads share that:
-of 63 pictures on two threads, each place gives others. So every batch is full, the last one filled
-up with copies, and of several computed at a time each has one thread.
+of 63 pictures on two threads, each place gives others. So every batch is of items of one shape and
+full, if need be filled up with copies, and of several computed at a time each has one thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
@@ -19,11 +19,16 @@ Item = TypeVar("Item")
 
 
 def in_full_batches(
-    run: Callable[[list[Item]], np.ndarray], items: Iterable[Item], size: int, at_a_time: int
+    run: Callable[[list[Item]], np.ndarray],
+    items: Iterable[Item],
+    size: int,
+    at_a_time: int,
+    shape: Callable[[Item], Hashable] = lambda _: None,
 ) -> Iterator[np.ndarray]:
     """Each item's result by ``run``, in order; ``at_a_time`` batches of ``size`` are held.
 
     ``run`` turns ``size`` items into an array (size, ...). A lone batch has all threads of torch.
+    Where the items' ``shape`` changes, a new batch begins; by default all have the same.
     """
 
     def full(batch: list[Item]) -> np.ndarray:
@@ -35,10 +40,18 @@ def in_full_batches(
     try:
         with pool:
             for group in parts(items, at_a_time * size):
-                for results in pool.map(full, parts(group, size)):
+                for results in pool.map(full, alike(group, size, shape)):
                     yield from results
     finally:
         torch.set_num_threads(threads)  # What a worker sets is in part the whole process's.
+
+
+def alike(
+    items: Iterable[Item], size: int, shape: Callable[[Item], Hashable]
+) -> Iterator[list[Item]]:
+    """Cut into lists of at most ``size`` items of equal shape."""
+    for _, same in groupby(items, shape):
+        yield from parts(same, size)
 
 
 def parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

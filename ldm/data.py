@@ -1,9 +1,9 @@
 """Cached latents to training batches, each a pure function of the seed and a step number.
 
-A run consumes *positions* 0, 1, 2, ...: position ``p`` is in epoch ``p // n`` and shows sample
-``order(epoch)[p % n]``. Posterior sample, noise, timestep and caption dropout come from a
-counter-based generator keyed by (seed, p). Worker, rank, batch split and process state play no
-part, so a run resumes from one integer.
+A run consumes *positions* 0, 1, 2, ...: which sample a position shows, :mod:`ldm.order` says.
+Posterior sample, noise, timestep and caption dropout come from a counter-based generator keyed by
+(seed, position). Worker, rank, batch split and process state play no part, so a run resumes from
+one integer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.artifacts import Manifest, opening
+from ldm.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.latents import (
     ABOUT,
+    HEADER_BYTES,
     MOMENTS,
     SAMPLE_MEMBERS,
     STATES,
     TEXT_MEMBERS,
     TEXTS,
     from_npy,
+    npy_shape,
     text_key,
 )
+from ldm.order import Order, by_shape
 from ldm.shards import ShardReader
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
@@ -37,8 +41,6 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 BELOW_ONE = math.nextafter(1.0, 0.0)
-TRAIN, VALIDATION, ORDER, TIMESTEPS = range(4)
-"""Streams of random numbers under one seed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class LatentCache:
             str(json.loads(self._samples.read(key, ABOUT))["text"]) for key in self._keys
         ]
         self._empty = text_key("")
+        heads = (self._samples.read(key, MOMENTS, HEADER_BYTES) for key in self._keys)
+        self.shapes = np.array([npy_shape(head) for head in heads])
+        """Of the samples' moments, by number: integers (samples, 3)."""
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -106,7 +111,11 @@ class LatentCache:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """This process's share of every micro-batch of a run, by micro-batch number."""
+    """This process's share of every micro-batch of a run, by micro-batch number.
+
+    ``batch_size`` samples over all processes are a micro-batch, ``accumulation`` of these a step;
+    all samples of a step have one shape.
+    """
 
     def __init__(
         self,
@@ -114,6 +123,7 @@ class TrainingBatches(Dataset[Batch]):
         *,
         seed: int,
         batch_size: int,
+        accumulation: int = 1,
         timesteps: int,
         timestep_shift: float = 1.0,
         caption_dropout: float,
@@ -122,6 +132,8 @@ class TrainingBatches(Dataset[Batch]):
     ) -> None:
         assert batch_size % processes == 0
         self.cache, self.seed, self.batch_size = cache, seed, batch_size
+        self.accumulation = accumulation
+        self.order = Order(cache.shapes, seed, batch_size * accumulation)
         self.timesteps, self.timestep_shift = timesteps, timestep_shift
         self.caption_dropout = caption_dropout
         self.rank, self.processes, self.share = rank, processes, batch_size // processes
@@ -134,19 +146,15 @@ class TrainingBatches(Dataset[Batch]):
         """The batch of these positions."""
         return _stack([self._row(position) for position in positions])
 
-    def keys(self, step: int, accumulation: int) -> list[str]:
+    def keys(self, step: int) -> list[str]:
         """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
-        first = step * accumulation * self.batch_size
-        places = np.arange(accumulation * self.batch_size)
-        by_process = places.reshape(accumulation, self.processes, self.share).swapaxes(0, 1)
-        return [self.cache.key(self._sample(first + int(place))) for place in by_process.flat]
-
-    def _sample(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.cache))
-        return int(order(self.seed, epoch, len(self.cache))[place])
+        places = np.arange(self.accumulation * self.batch_size)
+        by_process = places.reshape(self.accumulation, self.processes, self.share).swapaxes(0, 1)
+        first = step * len(places)
+        return [self.cache.key(self.order.sample(first + int(at))) for at in by_process.flat]
 
     def _row(self, position: int) -> Row:
-        sample = self._sample(position)
+        sample = self.order.sample(position)
         rng = counter_based(self.seed, TRAIN, position)
         latents = self.cache.latents(sample, rng)
         noise = rng.standard_normal(latents.shape, dtype=np.float32)
@@ -158,17 +166,24 @@ class TrainingBatches(Dataset[Batch]):
 def validation_batches(
     cache: LatentCache, *, seed: int, batch_size: int, timesteps: int, draws: int = 4
 ) -> Iterator[Batch]:
-    """Every sample ``draws`` times at spread timesteps, always the same ones; nothing dropped."""
-    total = len(cache) * draws
-    for start in range(0, total, batch_size):
-        rows = []
-        for position in range(start, min(start + batch_size, total)):
-            rng = counter_based(seed, VALIDATION, position)
-            latents = cache.latents(position % len(cache), rng)
-            noise = rng.standard_normal(latents.shape, dtype=np.float32)
-            timestep = int(spread_share(seed, position) * timesteps)
-            rows.append((latents, noise, cache.text(position % len(cache)), timestep))
-        yield _stack(rows)
+    """Every sample ``draws`` times at spread timesteps, always the same ones; nothing dropped.
+
+    A batch is of one shape; draw ``d`` of sample ``s`` is position ``d * len(cache) + s``.
+    """
+
+    def row(position: int) -> Row:
+        sample = position % len(cache)
+        rng = counter_based(seed, VALIDATION, position)
+        latents = cache.latents(sample, rng)
+        noise = rng.standard_normal(latents.shape, dtype=np.float32)
+        timestep = int(spread_share(seed, position) * timesteps)
+        return latents, noise, cache.text(sample), timestep
+
+    firsts = len(cache) * np.arange(draws)[:, None]
+    for samples in by_shape(cache.shapes):
+        positions = (firsts + samples).ravel()
+        for start in range(0, len(positions), batch_size):
+            yield _stack([row(int(at)) for at in positions[start : start + batch_size]])
 
 
 def _stack(rows: list[Row]) -> Batch:
@@ -180,12 +195,6 @@ def _stack(rows: list[Row]) -> Batch:
         torch.from_numpy(stacked if stacked.dtype == np.int64 else stacked.astype(np.float32)),
         torch.tensor(timesteps),
     )
-
-
-@lru_cache(maxsize=2)
-def order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """The permutation of an epoch: int64 (samples,)."""
-    return counter_based(seed, ORDER, epoch).permutation(samples)
 
 
 def spread_share(seed: int, position: int) -> float:
@@ -209,8 +218,3 @@ def shifted(share: float, shift: float) -> float:
     the noisiest timesteps are shown four times as often, the least noisy a quarter as often.
     """
     return min(shift * share / (1 + (shift - 1) * share), BELOW_ONE)
-
-
-def counter_based(seed: int, stream: int, counter: int) -> np.random.Generator:
-    """An independent generator for each (seed, stream, counter)."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, counter, 0]))

@@ -58,6 +58,8 @@ def _encode(
         "scaling_factor": encoders.vae.config.scaling_factor,
         "shift_factor": encoders.vae.config.shift_factor or 0.0,
     }
+    if "bucket_step" in images.config:
+        settings["image_size"] = images.config["image_size"]
     inputs = {"images": images.digest, **digests(encoders)}
     device = device_of()
     of_picture = picture_encoder(encoders.vae, config, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from ldm import batches, device, images
 from ldm.artifacts import digest_file, digest_json
 from ldm.batches import in_full_batches
 from ldm.config import Encode
-from ldm.images import decode_image, to_model
+from ldm.images import decode_image, size_of, to_model
 from ldm.models import digest_weights
 
 LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
@@ -31,6 +31,8 @@ class Encoder:
     """Items, as bytes, to an array of results (items, ...); equal fingerprints, equal results."""
 
     run: Callable[[list[bytes]], np.ndarray]
+    shape: Callable[[bytes], Hashable]
+    """Only items of equal shape can be in one batch."""
     basis: str
     """Digest of all that decides a result beside the item."""
     batch_size: int
@@ -41,9 +43,12 @@ class Encoder:
         return hashlib.sha256(self.basis.encode() + item).hexdigest()
 
     def results(self, items: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Each item's result, in order; a batch for each thread is held at a time."""
+        """Each item's result, in order; a batch for each thread is held at a time.
+
+        A new batch begins where the shape changes, so items of a shape had better come together.
+        """
         at_a_time = torch.get_num_threads() if self.device.type == "cpu" else 1
-        return in_full_batches(self.run, items, self.batch_size, at_a_time)
+        return in_full_batches(self.run, items, self.batch_size, at_a_time, self.shape)
 
 
 def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) -> Encoder:
@@ -55,7 +60,7 @@ def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) ->
         pixels = np.stack([decode_image(picture) for picture in pictures])
         return posterior_moments(vae, pixels, device).astype(config.storage)
 
-    return Encoder(run, basis, config.batch_size, device)
+    return Encoder(run, size_of, basis, config.batch_size, device)
 
 
 def text_encoder(clip: CLIPTextModel, config: Encode, device: torch.device) -> Encoder:
@@ -69,7 +74,7 @@ def text_encoder(clip: CLIPTextModel, config: Encode, device: torch.device) -> E
         states = clip(torch.from_numpy(ids).to(device)).last_hidden_state
         return states.float().cpu().numpy().astype(config.storage)
 
-    return Encoder(run, basis, config.batch_size, device)
+    return Encoder(run, len, basis, config.batch_size, device)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, TEXT, GAP = 160, 64, 10
 FONT = ImageFont.load_default(12)
@@ -28,8 +28,8 @@ def captioned_grid(
     for number, (picture, caption, right) in enumerate(zip(pictures, captions, marks, strict=True)):
         x = GAP + number % columns * (CELL + GAP)
         y = GAP + number // columns * (CELL + TEXT + GAP)
-        tile = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.BICUBIC)
-        sheet.paste(tile, (x, y))
+        whole = ImageOps.contain(Image.fromarray(picture), (CELL, CELL), Image.Resampling.BICUBIC)
+        sheet.paste(whole, (x + (CELL - whole.width) // 2, y + (CELL - whole.height) // 2))
         if right is not None:
             frame = (x - 2, y - 2, x + CELL + 1, y + CELL + 1)
             draw.rectangle(frame, outline=GOOD if right else BAD, width=2)

@@ -15,6 +15,12 @@ def decode_image(content: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def size_of(content: bytes) -> tuple[int, int]:
+    """Width and height of an encoded picture, by its header."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.size
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 RGB of shape (height, width, 3) to PNG bytes."""
     buffer = io.BytesIO()

@@ -3,6 +3,8 @@
 ``SPLIT-*.tar`` holds per sample ``moments.npy`` (2 x channels, height, width), the posterior's mean
 above its log-variance, unscaled, and ``json`` {caption, text}; ``texts-*.tar`` holds per distinct
 caption ``states.npy`` (tokens, width) and ``ids.npy`` (tokens,) under the key that ``text`` names.
+Samples differ in height and width where the pictures have aspect buckets; the manifest then has
+``image_size``, the side of the square one.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ MOMENTS, ABOUT, STATES, IDS = "moments.npy", "json", "states.npy", "ids.npy"
 SAMPLE_MEMBERS = frozenset({MOMENTS, ABOUT})
 TEXT_MEMBERS = frozenset({STATES, IDS})
 TEXTS = "texts"
+HEADER_BYTES = 256
+"""Of a ``.npy`` file, at most: numpy pads what an array of three dimensions needs to 128."""
 
 
 def text_key(caption: str) -> str:
@@ -33,12 +37,23 @@ def to_npy(values: np.ndarray) -> bytes:
 
 def from_npy(content: bytes) -> np.ndarray:
     """The array in the bytes of a ``.npy`` file, read-only; equal headers are parsed once."""
-    size = 10 + int.from_bytes(content[8:10], "little")
+    size = _header_size(content)
     shape, dtype = _header(content[:size])
     return np.frombuffer(content, dtype, offset=size).reshape(shape)
 
 
-@lru_cache(maxsize=16)
+def npy_shape(start: bytes) -> tuple[int, ...]:
+    """The shape of the array whose ``.npy`` file starts so; ``HEADER_BYTES`` are enough."""
+    size = _header_size(start)
+    assert size <= len(start), size
+    return _header(start[:size])[0]
+
+
+def _header_size(content: bytes) -> int:
+    return 10 + int.from_bytes(content[8:10], "little")
+
+
+@lru_cache(maxsize=64)
 def _header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     stream = io.BytesIO(header)
     version = np.lib.format.read_magic(stream)

@@ -106,13 +106,14 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._members)
 
-    def read(self, key: str, extension: str) -> bytes:
-        """One member's bytes."""
+    def read(self, key: str, extension: str, most: int | None = None) -> bytes:
+        """One member's bytes, or the first ``most`` of them."""
         span = self._members[key][extension]
+        size = span.size if most is None else min(most, span.size)
         if span.shard not in self._files:
             self._files[span.shard] = os.open(self.paths[span.shard], os.O_RDONLY)
-        content = os.pread(self._files[span.shard], span.size, span.offset)
-        if len(content) != span.size:
+        content = os.pread(self._files[span.shard], size, span.offset)
+        if len(content) != size:
             raise UserError(f"{self.paths[span.shard]}: was cut short; make the shards again")
         return content
 

@@ -27,11 +27,10 @@ def starting_point(
         if config.init != "pretrained":
             _check_reads_the_same(cache, config.init, load_text_encoder(source)[1])
         return load_unet(source, pretrained.network), load_scheduler_config(source)
-    channels, side = cache.moments(0).shape[0] // 2, cache.moments(0).shape[-1]
     unet = random_unet(
         config.unet,
-        latent_channels=channels,
-        latent_size=side,
+        latent_channels=int(cache.shapes[0, 0]) // 2,
+        latent_size=_side(cache, encoders),
         text_width=encoders.text_encoder.config.hidden_size,
         seed=config.seed,
     )
@@ -44,6 +43,14 @@ def starting_point(
         "timestep_spacing": "trailing",
     }
     return run_by(pretrained.network, unet), schedule
+
+
+def _side(cache: LatentCache, encoders: Encoders) -> int:
+    """In latents, of what the model draws unasked: the samples', or with buckets the square's."""
+    nominal: int | None = cache.manifest.config.get("image_size")
+    if nominal is None:
+        return int(cache.shapes[0, -1])
+    return nominal // 2 ** (len(encoders.vae.config.block_out_channels) - 1)
 
 
 def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:

@@ -36,8 +36,8 @@ from ldm.trainer import LOG, Trainer
 from ldm.unet import shape_of
 
 DECIDING = (
-    *("data", "denoiser", "device", "diffusion", "ema", "latents", "objective", "schedule"),
-    *("trainer", "unet"),
+    *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "objective", "order"),
+    *("schedule", "trainer", "unet"),
 )
 """Modules, besides ``ldm.nn``."""
 

@@ -54,6 +54,7 @@ class Trainer:
             cache,
             seed=config.seed,
             batch_size=config.batch_size // config.accumulation,
+            accumulation=config.accumulation,
             timesteps=len(objective.levels),
             timestep_shift=config.timestep_shift,
             caption_dropout=config.caption_dropout,
@@ -137,7 +138,7 @@ class Trainer:
 
     def _note_skipped(self, step: int, losses: list[torch.Tensor], log: RunLog) -> None:
         """Log which samples' losses are not finite, or all of the step's if each one is."""
-        keys = self.batches.keys(step, len(losses))
+        keys = self.batches.keys(step)
         bad = ~torch.isfinite(self.accelerator.gather(torch.stack(losses)).flatten())
         suspects = [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad] or keys
         log.write({"step": step + 1, "skipped": suspects})

@@ -79,10 +79,10 @@ def test_the_hash_of_a_sample_blocks_it(tmp_path: Path) -> None:
     (tmp_path / "picture").write_bytes(content)
     fetched = Fetched("", tmp_path / "picture", 0, len(content), CONTENT)
     row = Row("train", 0, "http://a/b", "words")
-    sha256 = json.loads(Sieve(CONFIG, Blocklist()).sample(row, fetched)["json"])["sha256"]
+    sha256 = json.loads(Sieve(CONFIG, Blocklist()).sample(row, fetched, (64, 64))["json"])["sha256"]
     for blocked in (sha256, CONTENT):
         with pytest.raises(RefusedError, match="line 1: same content"):
-            Sieve(CONFIG, Blocklist({blocked: 1})).sample(row, fetched)
+            Sieve(CONFIG, Blocklist({blocked: 1})).sample(row, fetched, (64, 64))
 
 
 def test_listed_pictures_become_no_samples(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageColor
 
 from ldm.artifacts import opening
 from ldm.config import Ingest
+from ldm.grid import CELL, GAP, captioned_grid
 from ldm.ingest.card import card
 from ldm.ingest.histogram import BAR, Histogram, chart, histogram
 from ldm.ingest.markdown import plain, table
@@ -86,6 +87,19 @@ def test_table() -> None:
     assert table(("a", "b", "c"), [("x", 1234, 0.5), ("y", 0, 1.25)]) == expected
 
 
+# --- the sheet
+
+
+def test_pictures_on_the_sheet_keep_their_shape() -> None:
+    red = np.full((32, 64, 3), (255, 0, 0), np.uint8)
+    for picture, size in ((red, (80, 160)), (red.swapaxes(0, 1), (160, 80))):
+        sheet = captioned_grid([picture], [""], [None], 1)
+        places = np.argwhere((sheet == (255, 0, 0)).all(axis=2))
+        first, last = places.min(axis=0), places.max(axis=0)
+        assert tuple(last - first + 1) == size and len(places) == 80 * 160
+        assert (np.abs(first + last + 1 - (2 * GAP + CELL)) <= 1).all()
+
+
 # --- the card
 
 
@@ -101,7 +115,7 @@ def kept(folder: Path, count: int, host: str = "a.org") -> list[tuple[Row, Fetch
 def text_of(rows: list[tuple[Row, Fetched]], skipped: list[Skip] | None = None) -> str:
     skipped = skipped or []
     counts = report({"train": len(rows) + len(skipped)}, {"train": len(rows)}, skipped)
-    return card(counts, rows, skipped, 64)["card.md"].decode()
+    return card(counts, rows, skipped, [(64, 64)])["card.md"].decode()
 
 
 def test_one_sample_is_enough(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
         ("train.steps=many", r"train\.steps: .*integer.*'many'"),
         ("train.steps=0", r"train\.steps: .*greater than or equal to 1"),
         ("train.accumulation=7", r"train: batch_size 64 is not a multiple of accumulation 7"),
+        ("ingest.bucket_step=12", r"ingest\.bucket_step: .*multiple of 8"),
+        ("ingest.bucket_step=24", r"ingest: image_size 64 is not a multiple of bucket_step 24"),
         ("evaluate.sampling.sampler=ddpm3", r"evaluate\.sampling\.sampler: .*dpm\+\+"),
         ("train", r"--set train: must be section\.key=value"),
         ("train.steps=[1", r"--set train\.steps=\[1: the value is not YAML"),

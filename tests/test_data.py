@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data import LatentCache, TrainingBatches, order, shifted, spread_share, validation_batches
+from ldm.data import LatentCache, TrainingBatches, shifted, spread_share, validation_batches
 from ldm.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.images import psnr, to_pixels
@@ -39,11 +39,6 @@ def test_any_position_can_be_read_first(latents: Path) -> None:
     assert torch.equal(straight[19].latents, again.latents)
     assert torch.equal(straight[19].noise, again.noise)
     assert not torch.equal(straight[18].noise, straight[19].noise)
-
-
-def test_an_epoch_shows_every_sample_once() -> None:
-    assert sorted(order(1, 0, 100)) == list(range(100))
-    assert list(order(1, 0, 100)) != list(order(1, 1, 100)) != list(order(2, 1, 100))
 
 
 def test_timesteps_are_even_over_any_stretch() -> None:

@@ -39,13 +39,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SETTINGS = {"batch_size": 4, "samples_per_shard": 5}
 ROWS = 9
+SIZES = [(64, 64), (64, 32), (32, 64)]
 
 Rows = dict[str, tuple[bytes, str]]
 """Picture and caption by key."""
 
 
-def picture(row: int) -> bytes:
-    return encode_png(draw(scene_of("retrain", "train", row)[1]))
+def picture(row: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """Of this height and width at most."""
+    return encode_png(draw(scene_of("retrain", "train", row)[1])[: size[0], : size[1]])
 
 
 def rows() -> Rows:
@@ -236,10 +238,12 @@ def test_a_result_depends_on_its_item_alone(pipeline: Path, compute: str, thread
     config, source = Encode(batch_size=7, compute=compute), Source(str(pipeline))
     tokenizer, clip = load_text_encoder(source)
     pictures = [picture(row) for row in range(20)]
+    several = [picture(row, SIZES[row % 5 // 2]) for row in range(20)]
     captions = [ids.tobytes() for ids in tokenize(tokenizer, [str(n) for n in range(20)]).numpy()]
     torch.set_num_threads(threads)
     try:
-        check_independence(picture_encoder(load_vae(source), config, CPU), pictures)
+        for some in (pictures, several):
+            check_independence(picture_encoder(load_vae(source), config, CPU), some)
         check_independence(text_encoder(clip, config, CPU), captions)
         with ThreadPoolExecutor(1) as other:
             assert other.submit(torch.get_num_threads).result() == threads

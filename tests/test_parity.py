@@ -10,8 +10,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ldm.config import Encode, Pretrained
-from ldm.data import TRAIN, Batch, LatentCache, TrainingBatches, counter_based, order
+from ldm.data import Batch, LatentCache, TrainingBatches
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
+from ldm.draws import ORDER, TRAIN, counter_based
 from ldm.encode import encode
 from ldm.images import psnr, to_model, to_pixels
 from ldm.latents import IDS, STATES
@@ -67,7 +68,7 @@ def drawn(count: int, step: int) -> tuple[np.ndarray, list[str], torch.Tensor]:
     rows, captions, spreads = [], [], []
     for position in range(step * BATCH, (step + 1) * BATCH):
         epoch, place = divmod(position, count)
-        rows.append(int(order(SEED, epoch, count)[place]))
+        rows.append(int(counter_based(SEED, ORDER, epoch).permutation(count)[place]))
         rng = counter_based(SEED, TRAIN, position)
         spread, _noise = rng.standard_normal((2, 4, 8, 8), dtype=np.float32)
         spreads.append(spread)

@@ -178,18 +178,21 @@ def test_a_plain_picture_is_handed_on_untouched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "image_format", "side"),
+    ("content", "image_format", "size"),
     [
-        (png(scene(0)), "png", 32),
-        (png(scene(0)), "jpg", 64),
-        (png(scene(0)[..., 0]), "png", 64),
-        (png(scene(0))[:300], "png", 64),
+        (png(scene(0)), "png", (32, 64)),
+        (png(scene(0)), "jpg", (64, 64)),
+        (png(scene(0)[:32]), "png", (32, 64)),
+        (png(scene(0)[..., 0]), "png", (64, 64)),
+        (png(scene(0))[:300], "png", (64, 64)),
     ],
 )
-def test_checked_refuses_other_pictures(content: bytes, image_format: str, side: int) -> None:
-    assert checked(png(scene(0)), "png", 64).size == (64, 64)
+def test_checked_refuses_other_pictures(
+    content: bytes, image_format: str, size: tuple[int, int]
+) -> None:
+    assert checked(png(scene(0)[:32]), "png", (64, 32)).size == (64, 32)
     with pytest.raises(RefusedError):
-        checked(content, image_format, side)
+        checked(content, image_format, size)
 
 
 # --- captions

@@ -79,7 +79,7 @@ def test_a_sample_carries_what_its_row_gives(tmp_path: Path) -> None:
         [{"license": "cc-by", "punsafe": 0.25, "aesthetic": 6.0}, {}],
         strict=True,
     ):
-        about = json.loads(Sieve(Ingest(), Blocklist()).sample(row, fetched)["json"])
+        about = json.loads(Sieve(Ingest(), Blocklist()).sample(row, fetched, (64, 64))["json"])
         assert {name: about[name] for name in list(about)[6:]} == expected
 
 

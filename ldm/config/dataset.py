@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldm.config.section import Count, Section, Share
 
@@ -26,6 +26,10 @@ class Ingest(Section):
 
     image_size: Count = 64
     """Side of the square centre crop, in pixels."""
+    bucket_step: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """With aspect buckets, pictures are cropped to the nearest of some sizes of about the square's
+    area, up to ``max_aspect``, whose sides are multiples of so many pixels; training shows one size
+    a step. 64 is usual for 512 pixels; null: squares alone."""
     image_format: Literal["png", "jpg", "webp"] = "png"
     quality: Annotated[int, Field(ge=0, le=100)] = 95
     """For jpg and webp: quality. For png it is not used; compression is always 6."""
@@ -83,6 +87,15 @@ class Ingest(Section):
     """Serve the embedded scenes on loopback while downloading."""
     min_yield: Share = 0.5
     """Fail when less than this share of a list's rows is kept."""
+
+    @model_validator(mode="after")
+    def _square_bucket(self) -> Self:
+        if self.bucket_step is not None and self.image_size % self.bucket_step:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of bucket_step "
+                f"{self.bucket_step}: change either"
+            )
+        return self
 
     @field_validator("background")
     @classmethod

@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPTextModel
 from ldm.artifacts import opening, write_json, writing
 from ldm.config import FirstStage
 from ldm.device import device_of
+from ldm.errors import UserError
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
 from ldm.first_stage.layout import latents_of, layout_accuracy, train_layout
 from ldm.first_stage.tokenizer import train_tokenizer
@@ -39,6 +40,11 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
     {vae_psnr_db, clip_retrieval, clip_order, text_order, seconds}.
     """
     pictures = opening(images, "images", "ingest")
+    if "bucket_step" in pictures.config:
+        raise UserError(
+            f"{images}: has aspect buckets, first-stage learns from squares; run `ldm ingest` with "
+            "ingest.bucket_step null into another folder"
+        )
     device = device_of()
     extension = pictures.config["image_format"]
     pixels_of, captions = _split(images, "train", extension)

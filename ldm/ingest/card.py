@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.grid import captioned_grid
+from ldm.ingest.buckets import Size, nearest
 from ldm.ingest.histogram import chart, histogram
 from ldm.ingest.markdown import plain, table
 from ldm.ingest.ratings import LICENSE, SCORES
@@ -49,12 +50,12 @@ class Measure:
 
 
 def card(
-    report: Mapping[str, Any], kept: Kept, skipped: Sequence[Skip], side: int
+    report: Mapping[str, Any], kept: Kept, skipped: Sequence[Skip], sizes: Sequence[Size]
 ) -> dict[str, bytes]:
     """``card.md`` and its pictures by file name; same input, same bytes.
 
     ``report`` is that of :func:`ldm.ingest.report.report`; of ``kept`` the pictures of the sheet
-    are read; ``side`` is the samples', in pixels.
+    are read; ``sizes`` are those that samples may have.
     """
     measures = _measures(kept)
     spread = [one for one in measures if len(set(one.values)) > 1]
@@ -73,8 +74,9 @@ def card(
         _left_out(report),
         "## Sizes, captions, scores",
         _measured(measures),
-        _blown_up(kept, side),
+        _blown_up(kept, sizes),
         *(f"![{one.name}]({one.file})" for one in spread),
+        *_buckets(kept, sizes),
         "## Domains",
         _domains(kept, skipped),
         *_licenses(kept),
@@ -133,9 +135,22 @@ def _measured(measures: Sequence[Measure]) -> str:
     return table(("", "samples", "least", "median", "most"), lines)
 
 
-def _blown_up(kept: Kept, side: int) -> str:
-    count = sum(min(fetched.width, fetched.height) < side for _, fetched in kept)
-    return f"Smaller than the crop of {side} pixels, and blown up to it: {count:,}."
+def _blown_up(kept: Kept, sizes: Sequence[Size]) -> str:
+    crop = f"the crop of {sizes[0][0]} pixels" if len(sizes) == 1 else "their bucket"
+    count = 0
+    for _, fetched in kept:
+        width, height = nearest(fetched.width, fetched.height, sizes)
+        count += fetched.width < width or fetched.height < height
+    return f"Smaller than {crop}, and blown up to it: {count:,}."
+
+
+def _buckets(kept: Kept, sizes: Sequence[Size]) -> list[str]:
+    """The section, if there are buckets."""
+    if len(sizes) == 1:
+        return []
+    counts = Counter(nearest(fetched.width, fetched.height, sizes) for _, fetched in kept)
+    lines = [(f"{width}x{height}", counts[width, height]) for width, height in sizes]
+    return ["## Aspect buckets", table(("width x height", "samples"), lines)]
 
 
 def _domains(kept: Kept, skipped: Sequence[Skip]) -> str:

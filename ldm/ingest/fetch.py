@@ -17,6 +17,7 @@ from typing import Any
 
 from ldm.config import Ingest
 from ldm.errors import UserError
+from ldm.ingest.buckets import buckets_of
 from ldm.ingest.guard import Guard
 from ldm.ingest.pictures import Rules
 from ldm.ingest.rows import Row, ascii_url
@@ -138,6 +139,7 @@ def rules_of(config: Ingest) -> Rules:
         config.max_aspect,
         config.background,
         config.animations,
+        buckets_of(config),
     )
 
 

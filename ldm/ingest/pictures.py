@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from ldm.ingest.buckets import Size
 from ldm.ingest.reasons import RefusedError
 
 ORIENTATION = 0x0112
@@ -51,6 +52,8 @@ class Rules:
     """What shows where a picture is clear: a colour as Pillow knows them."""
     animations: str
     """``first`` frame, or ``skip``."""
+    sizes: tuple[Size, ...]
+    """Each becomes the :func:`~ldm.ingest.buckets.nearest` of these."""
 
 
 def plain(content: bytes, rules: Rules) -> bytes:
@@ -72,17 +75,17 @@ def plain(content: bytes, rules: Rules) -> bytes:
     return buffer.getvalue()
 
 
-def checked(content: bytes, image_format: str, side: int) -> Image.Image:
+def checked(content: bytes, image_format: str, size: Size) -> Image.Image:
     """The decoded picture.
 
-    Raises :class:`RefusedError` unless it is whole, RGB, of that format and side in pixels.
+    Raises :class:`RefusedError` unless it is whole, RGB, of that format and size.
     """
     image = _opened(content, None)
     expected = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format]
-    if (image.format, image.mode, image.size) != (expected, "RGB", (side, side)):
+    if (image.format, image.mode, image.size) != (expected, "RGB", size):
         width, height = image.size
         found = f"{image.format} {image.mode} {width}x{height}"
-        raise RefusedError("wrong picture", f"{found}, not {expected} RGB {side}x{side}")
+        raise RefusedError("wrong picture", f"{found}, not {expected} RGB {size[0]}x{size[1]}")
     return image
 
 

@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config import Ingest
 from ldm.ingest.blocklist import Blocklist
+from ldm.ingest.buckets import Size, buckets_of, nearest
 from ldm.ingest.duplicates import Kept
 from ldm.ingest.fetch import POSITION
 from ldm.ingest.perceptual import perceptual_hash
@@ -86,24 +88,43 @@ def repack(
 ) -> tuple[list[tuple[Row, Fetched]], list[Skip]]:
     """Write ``SPLIT-*.tar`` into ``out``; ``fetched`` maps indices of ``rows`` to results.
 
+    With aspect buckets these are ``SPLIT-WIDTHxHEIGHT-*.tar``, each of samples of one size.
+
     Returns the rows that became samples, in their order, with their results, and the rows skipped.
     """
     kept: list[tuple[Row, Fetched]] = []
     skipped: list[Skip] = []
     sieve = Sieve(config, blocked)
     for split in dict.fromkeys(row.split for row in rows):
-        with ShardWriter(out, split, config.samples_per_shard) as writer:
+        with _writers(out, split, config) as writers:
             for at, row in enumerate(rows):
                 if row.split != split:
                     continue
                 try:
                     result = _expect_picture(fetched.get(at))
-                    writer.write(f"{row.number:08d}", sieve.sample(row, result))
+                    size = nearest(result.width, result.height, list(writers))
+                    writers[size].write(f"{row.number:08d}", sieve.sample(row, result, size))
                 except RefusedError as refusal:
                     skipped.append(Skip(row, refusal.reason, refusal.detail))
                 else:
                     kept.append((row, result))
     return kept, skipped
+
+
+@contextmanager
+def _writers(out: Path, split: str, config: Ingest) -> Iterator[dict[Size, ShardWriter]]:
+    """For samples of each size."""
+    with ExitStack() as stack:
+        yield {
+            size: stack.enter_context(ShardWriter(out, prefix, config.samples_per_shard))
+            for size, prefix in _prefixes(split, config).items()
+        }
+
+
+def _prefixes(split: str, config: Ingest) -> dict[Size, str]:
+    if config.bucket_step is None:
+        return dict.fromkeys(buckets_of(config), split)
+    return {size: f"{split}-{size[0]}x{size[1]}" for size in buckets_of(config)}
 
 
 class Sieve:
@@ -113,10 +134,13 @@ class Sieve:
         self.config, self.blocked = config, blocked
         self.kept = Kept(config.near_duplicates)
 
-    def sample(self, row: Row, fetched: Fetched) -> dict[str, bytes]:
-        """The row's members by extension; raises :class:`RefusedError` when it is not kept."""
+    def sample(self, row: Row, fetched: Fetched, size: Size) -> dict[str, bytes]:
+        """The row's members by extension; raises :class:`RefusedError` when it is not kept.
+
+        ``size``: what the picture must have been cropped to.
+        """
         content = fetched.read()
-        image = checked(content, self.config.image_format, self.config.image_size)
+        image = checked(content, self.config.image_format, size)
         sha256 = hashlib.sha256(content).hexdigest()
         look = None if self.config.near_duplicates is None else perceptual_hash(image)
         self.blocked.refuse((fetched.sha256, sha256), look)

@@ -12,6 +12,7 @@ from typing import Any
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
 from ldm.ingest.blocklist import Blocklist, read_blocklist
+from ldm.ingest.buckets import buckets_of
 from ldm.ingest.card import card
 from ldm.ingest.fetch import fetch
 from ldm.ingest.repack import Fetched, repack, results
@@ -32,9 +33,10 @@ NOT_IN_BYTES = frozenset(
 def ingest(config: Ingest, data: Path, out: Path) -> None:
     """Fetch the pictures that ``data/train.csv`` and ``data/validation.csv`` name into ``out``.
 
-    ``out`` becomes a directory of kind ``images``: ``SPLIT-NNNNN.tar`` with one sample a kept
-    row, ``report.json`` with counts, ``skipped.csv`` with every row left out and why, and
-    ``card.md`` with its pictures. What img2dataset says stays in a hidden log beside ``out``.
+    ``out`` becomes a directory of kind ``images``: ``SPLIT-NNNNN.tar``, or with aspect buckets
+    ``SPLIT-WIDTHxHEIGHT-NNNNN.tar``, with one sample a kept row, ``report.json`` with counts,
+    ``skipped.csv`` with every row left out and why, and ``card.md`` with its pictures. What
+    img2dataset says stays in a hidden log beside ``out``.
 
     Raises :class:`UserError` when a list or the block list is unusable, the download fails, or less
     than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
@@ -65,7 +67,7 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
         summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
         write_json(fresh / "report.json", summary)
         write_whole(fresh / "skipped.csv", table(skipped))
-        for name, content in card(summary, kept, skipped, config.image_size).items():
+        for name, content in card(summary, kept, skipped, buckets_of(config)).items():
             write_whole(fresh / name, content)
     say(line(summary, out))
 
@@ -101,7 +103,8 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 def _lasting(config: Ingest) -> dict[str, Any]:
     """The settings that decide the output's bytes."""
-    without = NOT_IN_BYTES | ({"quality"} if config.image_format == "png" else set())
+    unused = {"quality": config.image_format == "png", "bucket_step": config.bucket_step is None}
+    without = NOT_IN_BYTES | {key for key, is_unused in unused.items() if is_unused}
     return {key: value for key, value in config.as_dict().items() if key not in without}
 
 
