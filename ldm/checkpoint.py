@@ -147,15 +147,23 @@ def _state(folder: Path) -> dict[str, Any] | None:
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; damaged ones are named and passed over."""
+    """The newest checkpoint that is whole, or None."""
+    folder = newest_folder(run)
+    if folder is None:
+        return None
+    state = _state(folder)
+    assert state is not None  # It has no damage.
+    parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
+    return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
+
+
+def newest_folder(run: Path) -> Path | None:
+    """Where the newest whole checkpoint is, or None; damaged ones are named and passed over."""
     for folder in reversed(folders(run)):
-        if damage := damage_of(folder):
-            say(f"train: {damage}; going on from an earlier checkpoint, if there is one")
-            continue
-        state = _state(folder)
-        assert state is not None  # It has no damage.
-        parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
-        return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        say(f"train: {damage}; going on from an earlier checkpoint, if there is one")
     return None
 
 

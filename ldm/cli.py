@@ -78,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "encode", _encode, "pictures and captions to latents",
         images=IMAGES, out=LATENTS, runs=RUNS,
     )  # fmt: skip
-    command("train", _train, "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS)
+    training = command(
+        "train", _train, "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS
+    )
+    training.add_argument("--resume", type=Path, metavar="RUN", help="go on from a folder of runs")
+    training.add_argument(
+        "--changed", action="store_true", help="with --resume: what differs from that run is meant"
+    )
     command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", _register, "log the training to MLflow, name it challenger",
@@ -163,7 +169,13 @@ def _encode(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from ldm.launch import launch_training
 
-    launch_training(_params(options), options.latents, options.out, options.runs)
+    if options.changed and options.resume is None:
+        raise UserError("--changed: says what --resume RUN may do; give that too")
+    launch_training(
+        *(_params(options), options.latents, options.out, options.runs),
+        resume=options.resume,
+        changed=options.changed,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

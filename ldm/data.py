@@ -93,6 +93,10 @@ class LatentCache:
         """The name of the sample in the shards, and of its row in the ingest's tables."""
         return self._keys[sample]
 
+    def caption(self, sample: int) -> str:
+        """In the words of its row."""
+        return str(json.loads(self._samples.read(self._keys[sample], ABOUT))["caption"])
+
     def moments(self, sample: int) -> np.ndarray:
         """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
         return from_npy(self._samples.read(self._keys[sample], MOMENTS))

@@ -14,12 +14,21 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ldm.config import Params
+from ldm.config import Params, Registry
 from ldm.errors import UserError
+from ldm.progress import say
 from ldm.termination import taken_over
 
 
-def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> None:
+def launch_training(
+    params: Params,
+    latents: Path,
+    out: Path,
+    runs: Path,
+    *,
+    resume: Path | None = None,
+    changed: bool = False,
+) -> None:
     """Run ``ldm.train`` with the accelerate configuration that the settings name.
 
     The version behind an alias in ``train.init`` is fixed here, and kept with the model. Raises
@@ -41,6 +50,9 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
         "latents": str(latents),
         "out": str(out),
         "runs": str(runs),
+        "resume": str(resume) if resume else None,
+        "changed": changed,
+        "registry": params.registry.as_dict() if params.train.track else None,
     }
     os.environ["LDM_TRAIN"] = json.dumps(request)
     # Left to itself, accelerate gives a lone CPU process one thread.
@@ -50,7 +62,19 @@ def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> Non
         *("-m", "ldm.train"),
     )
     if code:
+        if params.train.track:
+            _note_dead(params.registry)
         raise SystemExit(code)
+
+
+def _note_dead(registry: Registry) -> None:
+    """A trainer that was killed could not say so itself."""
+    from ldm.live import note_dead
+
+    try:
+        note_dead(registry)
+    except UserError as error:
+        say(f"train: {error}")
 
 
 def _launched(*arguments: str) -> int:

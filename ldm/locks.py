@@ -35,3 +35,11 @@ def _taken(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock on a file."""
+    if not path.is_file():
+        return False
+    with path.open("a") as file:
+        return not _taken(file)

@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 from ldm import __version__, tracking
 from ldm.artifacts import MANIFEST, Manifest, opening
 from ldm.config import Registry, Sampling
+from ldm.config.section import flat
 from ldm.errors import UserError
 from ldm.gate import START, Decision, Row, judge, verdict
+from ldm.live import metrics_of
 from ldm.progress import say
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 GATE = "gate.json"
+EVAL_DIGEST = "eval_digest"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 # Tags of a version that promotion and rollback write.
 REPLACED, ROLLED_BACK = "replaced", "rolled_back"
@@ -55,10 +58,10 @@ def register(
     trained, judged = opening(model, "model", "train"), opening(evaluation, "eval", "evaluate")
     if judged.inputs["model"] != trained.digest:
         raise UserError(f"{evaluation}: judges another model than {model}; run `ldm evaluate`")
-    metrics = dict(tracking.flat(json.loads((evaluation / "metrics.json").read_text())))
+    metrics = dict(flat(json.loads((evaluation / "metrics.json").read_text())))
     tags = _lineage(trained, judged, images, latents)
     client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
-    same = {tracking.MODEL_DIGEST: trained.digest, "eval_digest": judged.digest}
+    same = {tracking.MODEL_DIGEST: trained.digest, EVAL_DIGEST: judged.digest}
     if known := tracking.find_version(client, config.model, same):
         done = Registered(config.model, str(known.version), known.run_id, new=False)
     else:
@@ -81,10 +84,13 @@ def _new_version(
 
     points = _curves(trained.path / "log.jsonl")
     last = max((step for _, step in points), default=0)
+    known = _followed(client, config.experiment, trained.digest)
+    points = {} if known else points
     points |= {(name, last): value for name, value in metrics.items()}
     settings = {**trained.config, "evaluate": judged.config}
-    with tracking.writing_run(client, config.experiment, trained.digest[:12], tags) as run:
-        run.log(dict(tracking.flat(settings)), points)
+    name = trained.digest[:12]
+    with tracking.writing_run(client, config.experiment, name, tags, known) as run:
+        run.log(dict(flat(settings)), points)
         for name in ("metrics.json", "samples.png", "samples.jsonl"):
             client.log_artifact(run.identity, str(judged.path / name))
         source = store_model(trained.path, Sampling.model_validate(judged.config["sampling"]))
@@ -92,11 +98,19 @@ def _new_version(
     return Registered(config.model, version, run.identity, new=True)
 
 
+def _followed(client: MlflowClient, experiment: str, model_digest: str) -> str | None:
+    """The run that showed the training as it went, if it is no version's yet."""
+    made_it = f"tags.{tracking.MODEL_DIGEST} = '{model_digest}'"
+    found = tracking.runs_of(client, experiment, made_it)
+    return next((run.info.run_id for run in found if EVAL_DIGEST not in run.data.tags), None)
+
+
 def _curves(log: Path) -> tracking.Points:
-    """Training loss, learning rate, gradient norm and validation loss by step."""
+    """The training's figures by step."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
-    return {(names[key], line["step"]): line[key] for line in lines for key in names if key in line}
+    return {
+        (name, line["step"]): value for line in lines for name, value in metrics_of(line).items()
+    }
 
 
 def _lineage(
@@ -105,7 +119,7 @@ def _lineage(
     """Digests of all that made the model, back to the lists of URLs where they can be followed."""
     tags = {
         tracking.MODEL_DIGEST: trained.digest,
-        "eval_digest": judged.digest,
+        EVAL_DIGEST: judged.digest,
         "prompts_digest": judged.inputs["prompts"],
         "ldm_version": __version__,
         **{f"{name}_digest": digest for name, digest in trained.inputs.items()},

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ldm.artifacts import write_whole
+from ldm.live import Live
 
 
 class RunLog:
-    """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew."""
+    """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew.
 
-    def __init__(self, path: Path, first: int, *, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    ``live`` is told of every line.
+    """
+
+    def __init__(self, path: Path, first: int, *, writes: bool, live: Live | None = None) -> None:
+        self.path, self.writes, self.live = path, writes, live
         if writes:
             lines = path.read_text().splitlines() if path.is_file() else []
             kept = [line for line in lines if line and json.loads(line)["step"] <= first]
@@ -24,3 +28,5 @@ class RunLog:
         if self.writes:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+            if self.live:
+                self.live.write(entry)

@@ -23,6 +23,7 @@ from ldm.quiet import quieten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
     from mlflow.entities.model_registry import ModelVersion
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -40,6 +41,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 PROBE_TIMEOUT_S = "10"
+SYSTEM_METRICS_EVERY_S = 10.0
 # What a server takes in one call.
 METRICS_A_CALL, PARAMETERS_A_CALL = 1000, 100
 Points = dict[tuple[str, int], float]
@@ -62,8 +64,6 @@ def connect(uri: str) -> MlflowClient:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     # The environment says nothing to an MLflow that was imported before.
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
@@ -76,7 +76,7 @@ def connect(uri: str) -> MlflowClient:
         with _environment_kept("MLFLOW_HTTP_REQUEST_TIMEOUT"):
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", PROBE_TIMEOUT_S)
             client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except failures() as error:
         raise UserError(
             f"{uri}: MLflow cannot be reached ({first_line(error)}); start its server, or change "
             f"registry.tracking_uri or {TRACKING_URI}"
@@ -118,15 +118,6 @@ def find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> Mo
     return max(found, key=lambda version: int(version.version), default=None)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings or metrics with dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 @dataclass(frozen=True)
 class Run:
     """An MLflow run that is being written."""
@@ -165,15 +156,60 @@ class Run:
 
 @contextmanager
 def writing_run(
-    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]
+    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], known: str | None
 ) -> Iterator[Run]:
-    """A new run of ``experiment``: finished when the block ends, failed when it raises."""
+    """A run of ``experiment``, new or ``known``; finished with the block, failed if that raises."""
     import mlflow
 
-    known = client.get_experiment_by_name(experiment)
-    identity = known.experiment_id if known else client.create_experiment(experiment)
-    with mlflow.start_run(experiment_id=identity, run_name=name, tags=dict(tags)) as run:
+    identity = experiment_id(client, experiment)
+    new = {"experiment_id": identity, "run_name": name, "tags": dict(tags)}
+    with mlflow.start_run(run_id=known) if known else mlflow.start_run(**new) as run:
+        if known:
+            mlflow.set_tags(dict(tags))
         yield Run(client, run.info.run_id)
+
+
+def experiment_id(client: MlflowClient, experiment: str) -> str:
+    """Of that name; made if there is none."""
+    known = client.get_experiment_by_name(experiment)
+    return str(known.experiment_id if known else client.create_experiment(experiment))
+
+
+def runs_of(client: MlflowClient, experiment: str, wanted: str) -> list[MlflowRun]:
+    """An experiment's runs that a filter lets through, in MLflow's language; the newest first."""
+    found = client.search_runs([experiment_id(client, experiment)], wanted)
+    return list(found)
+
+
+def continue_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
+    """The newest run with all of these tags, or a new one; running from now on."""
+    wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+    for known in runs_of(client, experiment, wanted):
+        client.update_run(known.info.run_id, status="RUNNING")
+        return Run(client, known.info.run_id)
+    made = client.create_run(experiment_id(client, experiment), tags=dict(tags), run_name=name)
+    return Run(client, made.info.run_id)
+
+
+@contextmanager
+def system_metrics(run: Run) -> Iterator[None]:
+    """Log what the machine does (CPU, memory, disk, network, GPUs) to a run, now and then."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run.identity, SYSTEM_METRICS_EVERY_S, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its store does not do as asked, and :func:`connect`."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError, UserError
 
 
 def code_commit() -> str | None:

@@ -18,18 +18,21 @@ import torch
 from accelerate import Accelerator
 
 from ldm import checkpoint
-from ldm.artifacts import digest_file, digest_json, write_whole, writing
-from ldm.config import Pretrained, Train
+from ldm.artifacts import digest_file, opening, write_whole, writing
+from ldm.config import Pretrained, Registry, Train
 from ldm.data import LatentCache
 from ldm.denoiser import Denoiser
 from ldm.device import device_of, has_bfloat16
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
+from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.models import digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
+from ldm.runs import RUN, Identity, continued, describe, folder_of, unfinished
+from ldm.sample_sheet import SampleSheet
 from ldm.starting_point import starting_point
 from ldm.termination import Termination, ask_when_orphaned, taken_over
 from ldm.trainer import LOG, Trainer
@@ -42,13 +45,25 @@ DECIDING = (
 """Modules, besides ``ldm.nn``."""
 
 
-def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs: Path) -> None:
+def train(
+    config: Train,
+    pretrained: Pretrained,
+    latents: Path,
+    out: Path,
+    runs: Path,
+    *,
+    resume: Path | None = None,
+    changed: bool = False,
+    registry: Registry | None = None,
+) -> None:
     """Train and write a pipeline folder with the averaged weights to ``out``.
 
     Checkpoints and ``log.jsonl`` go to a folder of ``runs`` named by a digest of the settings, the
     latents, the starting weights and the code that decides the result: a finished run of other code
-    is not gone on with. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a
-    checkpoint of the last step written.
+    is not gone on with. With ``resume`` it goes on from where that run stands; ``changed`` says
+    that what differs from it is meant. With ``registry`` MLflow shows the training as it goes.
+
+    Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step written.
     """
     device = device_of()
     config = settled(config, device)
@@ -60,7 +75,10 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     unet, schedule = starting_point(config, pretrained, cache, encoders)
     inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
     settings = settings_of_result(config)
-    run = runs / digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
+    identity: Identity = {"config": settings, "inputs": inputs, "code": _code()}
+    if resume is not None:
+        identity = continued(identity, resume, changed=changed)
+    run = folder_of(runs, identity)
     about = checkpoint.Model(
         shape_of(unet), schedule, pretrained.pipeline, revision=pretrained.revision
     )
@@ -68,22 +86,47 @@ def train(config: Train, pretrained: Pretrained, latents: Path, out: Path, runs:
     trained_text = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, trained_text)
     termination = Termination()
-    with _alone(accelerator, run), taken_over(termination.ask):
-        if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    shown = Live(registry, run, settings) if main and registry else nullcontext()
+    with _alone(accelerator, run), taken_over(termination.ask), shown as live:
+        if main:
+            _mention_unfinished(runs, run, identity)
+            describe(run, identity)
             checkpoint.describe(run, about)
-        trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
+        trainer = Trainer(
+            *(accelerator, config, objective, cache, held_out, denoiser, run),
+            earlier=resume,
+            sheet=SampleSheet.of(config, held_out, encoders, unet, schedule),
+            live=live,
+        )
         if not trainer.run(termination):
             sys.exit(termination.exit_code)
-    if accelerator.is_main_process:
-        trainer.ema.swap()
-        counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
-        log = (run / LOG).read_bytes()
-        with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
-            save_pipeline(fresh, encoders, unet, schedule)
-            write_whole(fresh / LOG, log)
-        last = [json.loads(line) for line in log.splitlines() if b"val_loss" in line][-1]
-        say(f"train: {config.steps} steps, val_loss {last['val_loss']:.4f} -> {out}")
+        if main:
+            trainer.ema.swap()
+            counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
+            log = (run / LOG).read_bytes()
+            with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
+                save_pipeline(fresh, encoders, unet, schedule)
+                write_whole(fresh / LOG, log)
+            if live:
+                live.finish(opening(out, "model", "train").digest)
+            last = [json.loads(line) for line in log.splitlines() if b"val_loss" in line][-1]
+            say(f"train: {config.steps} steps, val_loss {last['val_loss']:.4f} -> {out}")
     accelerator.wait_for_everyone()
+
+
+def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
+    """A user who changed a setting may have meant to go on from what is there."""
+    if (
+        not (run / RUN).is_file()
+        and "from" not in identity
+        and (found := unfinished(runs, identity))
+    ):
+        earlier, changes = found
+        say(
+            f"train: a new run; {earlier} was stopped before its end and differs "
+            f"({'; '.join(changes)}); `ldm train --resume {earlier} --changed` goes on from it"
+        )
 
 
 def settled(config: Train, device: torch.device) -> Train:
@@ -115,7 +158,7 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
     """Be the run's only training. One whose parent was killed may yet write its checkpoint."""
     refusal = f"{run}: another training writes it; wait for it, or stop it"
     main = accelerator.is_main_process
-    with held(run / "lock", refusal, patience_s=60) if main else nullcontext():
+    with held(run / LOCK, refusal, patience_s=60) if main else nullcontext():
         accelerator.wait_for_everyone()
         yield
 
@@ -123,6 +166,7 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
 def settings_of_result(config: Train) -> dict[str, Any]:
     """The settings that decide the result; where and how often to save do not."""
     how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
+    how |= {"sample_every", "sample_prompts", "track"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
 
 
@@ -145,6 +189,9 @@ def main() -> None:
             Path(request["latents"]),
             Path(request["out"]),
             Path(request["runs"]),
+            resume=Path(request["resume"]) if request["resume"] else None,
+            changed=request["changed"],
+            registry=Registry.model_validate(request["registry"]) if request["registry"] else None,
         )
     except UserError as error:
         sys.exit(f"ldm train: {error}")

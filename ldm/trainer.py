@@ -17,9 +17,11 @@ from ldm.data import Batch, LatentCache, TrainingBatches, validation_batches
 from ldm.denoiser import Denoiser
 from ldm.ema import Ema
 from ldm.errors import UserError
+from ldm.live import Live
 from ldm.objective import Objective
 from ldm.progress import progress
 from ldm.run_log import RunLog
+from ldm.sample_sheet import SampleSheet
 from ldm.schedule import cosine_with_warmup
 from ldm.termination import Termination, ignore
 
@@ -31,7 +33,9 @@ BANDS = 4
 class Trainer:
     """What a run changes, and its way from the newest checkpoint to the last step.
 
-    ``denoiser`` is trained in place; ``ema`` holds its averaged weights.
+    ``denoiser`` is trained in place; ``ema`` holds its averaged weights. A run without a checkpoint
+    starts from the newest one of ``earlier``, another run, if that is given. The main process draws
+    ``sheet`` now and then and tells ``live`` of all figures, where they are given.
     """
 
     def __init__(
@@ -43,9 +47,14 @@ class Trainer:
         held_out: LatentCache,
         denoiser: Denoiser,
         run: Path,
+        *,
+        earlier: Path | None = None,
+        sheet: SampleSheet | None = None,
+        live: Live | None = None,
     ) -> None:
         self.accelerator, self.config, self.objective = accelerator, config, objective
-        self.held_out, self.folder = held_out, run
+        self.held_out, self.folder, self.earlier = held_out, run, earlier
+        self.sheet, self.live = sheet, live
         self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
         self.prepared, self.optimizer = accelerator.prepare(denoiser, _optimizer(config, denoiser))
         self.parameters = list(self.prepared.parameters())
@@ -71,12 +80,13 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         first = self._resume()
-        log = RunLog(self.folder / LOG, first, writes=main)
+        log = RunLog(self.folder / LOG, first, writes=main, live=self.live)
         micro_batches = self.micro_batches(first)
         steps = range(first, config.steps)
-        bar = progress(steps, "train", config.steps, "steps", done=first, shown=main)
-        with checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
-            for step in bar:
+        size, unit = config.batch_size, "samples"
+        bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
+        with bar, checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
+            for step in steps:
                 rate = self._set_rates(step)
                 loss, norm, stopping = self.step(step, micro_batches, termination, log)
                 done = step + 1
@@ -92,6 +102,9 @@ class Trainer:
                     val_loss = validated["val_loss"]
                 if main and (last or stopping or done % config.checkpoint_every == 0):
                     saver.save(self._checkpoint(done, val_loss))
+                if main and self.sheet and done % (config.sample_every or done + 1) == 0:
+                    self._draw(done)
+                bar.update(size)
                 if stopping and not last:
                     return False
         return True
@@ -177,6 +190,17 @@ class Trainer:
         by_band = [round(float(loss[band == number].mean()), 6) for number in range(BANDS)]
         return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": by_band}
 
+    def _draw(self, step: int) -> None:
+        """A sheet of samples by the averaged weights."""
+        assert self.sheet is not None
+        self.ema.swap()
+        self.denoiser.eval()
+        sheet = self.sheet.draw(self.folder, step)
+        self.denoiser.train()
+        self.ema.swap()
+        if self.live:
+            self.live.picture(sheet)
+
     def micro_batches(self, first: int) -> Iterator[Batch]:
         """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
         config = self.config
@@ -198,12 +222,25 @@ class Trainer:
     def _resume(self) -> int:
         """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
         found = checkpoint.newest(self.folder)
+        if found is None and self.earlier is not None:
+            found = checkpoint.newest(self.earlier)
         if found is None:
             return 0
-        self.denoiser.load_state_dict(found.weights)
+        if found.step >= self.config.steps > 0 and not checkpoint.folders(self.folder):
+            raise UserError(
+                f"{self.earlier}: has taken {found.step} steps; raise train.steps above that"
+            )
+        try:
+            self.denoiser.load_state_dict(found.weights)
+            checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            if self.earlier is None:
+                raise
+            raise UserError(
+                f"{self.earlier}: trained other weights than this would; leave out --resume"
+            ) from error
         device = self.accelerator.device
         self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
-        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         return found.step
 
 

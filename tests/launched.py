@@ -11,6 +11,7 @@ from subprocess import Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 6, "log_every": 2}
+SHORT |= {"track": False}
 
 
 def launch(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Popen[bytes]:
@@ -19,6 +20,8 @@ def launch(pipeline: Path, latents: Path, folder: Path, **settings: object) -> P
     command = [sys.executable, "-m", "ldm.cli", "train", "--params", str(ROOT / "params.yaml")]
     command += ["--latents", str(latents), "--out", str(folder / "model")]
     command += ["--runs", str(folder / "runs"), "--set", f"pretrained.pipeline={pipeline}"]
+    if experiment := overrides.pop("experiment", None):
+        command += ["--set", f"registry.experiment={experiment}"]
     for key, value in overrides.items():
         command += ["--set", f"train.{key}={value}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

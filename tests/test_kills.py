@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -87,6 +88,27 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
         opening(tmp_path / name / "model", "model", "train") for name in ("straight", "killed")
     )
     assert straight.files == killed.files
+
+
+def test_another_number_of_processes_goes_on_alike(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """The same samples in the same batches: what differs is the order of sums."""
+    together = {"accelerate": "infra/accelerate/cpu-ddp.yaml"}
+    assert launch(pipeline, latents, tmp_path / "one").wait() == 0
+    process = launch(pipeline, latents, tmp_path / "both", **together)
+    wait_for(partial(has_done, tmp_path / "both", 10), process)
+    terminate(process)
+    assert process.wait() == 143
+    assert launch(pipeline, latents, tmp_path / "both").wait() == 0
+    one, both = (losses(tmp_path / name) for name in ("one", "both"))
+    assert both == pytest.approx(one, abs=2e-5) and len(one) == 30
+
+
+def losses(folder: Path) -> list[float]:
+    """Of a training's log, in the order of its steps."""
+    lines = [json.loads(line) for line in (folder / "model" / "log.jsonl").open()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def has_done(folder: Path, steps: int) -> bool:

@@ -65,6 +65,13 @@ class Train(Section):
     log_every: Count = 20
     validate_every: Count = 200
     checkpoint_every: Count = 200
+    sample_every: Count | None = None
+    """Steps between sheets of samples, ``samples-NNNNNNNN.png`` in the run's folder; null: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """What a sheet shows, always under the same seeds; by default the first of the validation
+    captions."""
+    track: bool = True
+    """Show the training in MLflow as it goes."""
     keep_checkpoints: Count = 2
     """The newest ones; the best by validation loss stays too."""
     max_skipped: Count = 10

@@ -1,0 +1,84 @@
+"""Runs of a training: folders named by what decides the result, and going on from another one.
+
+``RUN/run.json`` holds the settings, the digests of latents and starting weights, and those of the
+code that decides a step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm import checkpoint
+from ldm.artifacts import digest_file, digest_json, write_json
+from ldm.config.section import flat
+from ldm.errors import UserError
+
+RUN = "run.json"
+Identity = dict[str, Any]
+"""What decides a run's result: ``config``, ``inputs``, ``code`` and, maybe, ``from``."""
+
+
+def folder_of(runs: Path, identity: Identity) -> Path:
+    """Where the run's checkpoints are."""
+    return runs / digest_json(identity)[:12]
+
+
+def describe(run: Path, identity: Identity) -> None:
+    """Write what decides a run into its folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / RUN, identity)
+
+
+def continued(identity: Identity, earlier: Path, *, changed: bool) -> Identity:
+    """The identity of a training that goes on from where the run ``earlier`` stands.
+
+    Where nothing differs that is the run itself; otherwise a new one, with ``earlier`` left as it
+    is. UserError for differences that are not said to be meant (``changed``), naming them.
+    """
+    if not (earlier / RUN).is_file():
+        raise UserError(f"{earlier}: is no run (has no {RUN}); name a folder of {earlier.parent}")
+    known = json.loads((earlier / RUN).read_text())
+    found = differences({**known, "from": None}, {**identity, "from": None})
+    if not found:
+        return dict(known)
+    if not changed:
+        raise UserError(
+            f"{earlier}: was trained otherwise ({'; '.join(found)}); undo that, or give --changed "
+            "to go on from it all the same, as a run of its own"
+        )
+    newest = checkpoint.newest_folder(earlier)
+    if newest is None:
+        raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")
+    return {**identity, "from": digest_file(newest / checkpoint.STATE)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words: settings by name, the rest by its kind."""
+    old, new = dict(flat(before["config"])), dict(flat(now["config"]))
+    found = [
+        f"train.{name} {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    inputs = {"latents": "other latents", "start": "other starting weights"}
+    found += [
+        words
+        for key, words in inputs.items()
+        if before["inputs"].get(key) != now["inputs"].get(key)
+    ]
+    return found + (["other code"] if before["code"] != now["code"] else [])
+
+
+def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
+    """The run on the same latents that was stopped last before its end, and how it differs."""
+    found = []
+    for file in runs.glob(f"*/{RUN}"):
+        known = json.loads(file.read_text())
+        steps = [int(one.name.removeprefix("step-")) for one in checkpoint.folders(file.parent)]
+        same_latents = known["inputs"]["latents"] == identity["inputs"]["latents"]
+        if same_latents and steps and steps[-1] < known["config"]["steps"] and known != identity:
+            found.append((file.stat().st_mtime, file.parent, differences(known, identity)))
+    return max(found)[1:] if found else None

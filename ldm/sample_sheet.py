@@ -1,0 +1,61 @@
+"""What a training draws while it goes on: the same prompts under the same seeds every time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ldm.artifacts import write_whole
+from ldm.config import Sampling, Train
+from ldm.data import LatentCache
+from ldm.device import device_of
+from ldm.grid import captioned_grid
+from ldm.images import encode_png
+from ldm.models import Encoders
+from ldm.sampling import Painter, Request
+from ldm.unet import Network
+
+COLUMNS, DEFAULT_PROMPTS = 4, 12
+
+
+@dataclass(frozen=True)
+class SampleSheet:
+    """Draws with a painter that shares the training's network."""
+
+    painter: Painter
+    prompts: tuple[str, ...]
+    sampling: Sampling
+
+    @classmethod
+    def of(
+        cls,
+        config: Train,
+        held_out: LatentCache,
+        encoders: Encoders,
+        unet: Network,
+        schedule: dict[str, Any],
+    ) -> SampleSheet | None:
+        """What a training is to draw, with the very network that it trains; None for nothing."""
+        if config.sample_every is None:
+            return None
+        captions = (held_out.caption(sample) for sample in range(len(held_out)))
+        first = islice(dict.fromkeys(captions), DEFAULT_PROMPTS)
+        device = device_of()
+        vae, text_encoder = encoders.vae.to(device), encoders.text_encoder.to(device)
+        # One that has been used is saved with other settings.
+        tokenizer = deepcopy(encoders.tokenizer)
+        painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
+        return cls(painter, config.sample_prompts or tuple(first), Sampling(compute="auto"))
+
+    def draw(self, run: Path, step: int) -> Path:
+        """Write ``samples-NNNNNNNN.png`` into the run's folder."""
+        requests = [Request(prompt, number) for number, prompt in enumerate(self.prompts)]
+        pictures = list(self.painter.draw(requests, self.sampling))
+        marks = [None] * len(pictures)
+        sheet = captioned_grid(pictures, self.prompts, marks, COLUMNS)
+        path = run / f"samples-{step:08d}.png"
+        write_whole(path, encode_png(sheet))
+        return path

@@ -1,0 +1,108 @@
+"""Going on from a run, under the same settings and under others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ldm import checkpoint
+from ldm.artifacts import opening
+from ldm.config import Pretrained, Train
+from ldm.errors import UserError
+from ldm.train import train
+from tests.launched import SHORT
+
+HALF = {**SHORT, "mixed_precision": "no", "checkpoint_every": 6, "keep_checkpoints": 9}
+
+
+def run(
+    pipeline: Path, latents: Path, folder: Path, resume: Path | None = None, **settings: object
+) -> Path:
+    """Train in ``folder``; the folder of the newest run."""
+    changed = bool(settings.pop("changed", False))
+    config = Train.model_validate({**HALF, **settings})
+    runs = folder / "runs"
+    before = set(runs.glob("*"))
+    train(
+        *(config, Pretrained(pipeline=str(pipeline)), latents, folder / "model", runs),
+        resume=resume,
+        changed=changed,
+    )
+    return next(iter(set(runs.glob("*")) - before), next(iter(before), runs))
+
+
+def steps_logged(folder: Path) -> list[int]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)]
+
+
+def stopped_at(folder: Path, step: int) -> None:
+    """Take away the checkpoints after ``step``."""
+    for one in checkpoint.folders(folder):
+        if int(one.name.removeprefix("step-")) > step:
+            (one / checkpoint.STATE).unlink()
+
+
+def test_a_run_goes_on_by_its_name(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    earlier = run(pipeline, latents, tmp_path)
+    whole = opening(tmp_path / "model", "model", "train").files
+    stopped_at(earlier, 6)
+    assert run(pipeline, latents, tmp_path, resume=earlier) == earlier
+    assert opening(tmp_path / "model", "model", "train").files == whole
+
+
+def test_other_settings_are_refused_by_name(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    earlier = run(pipeline, latents, tmp_path)
+    with pytest.raises(UserError, match=r"train\.learning_rate 0\.0004 -> 0\.001; train\.steps 12"):
+        run(pipeline, latents, tmp_path, resume=earlier, steps=18, learning_rate=1e-3)
+    assert list((tmp_path / "runs").iterdir()) == [earlier]
+
+
+def test_other_settings_that_are_meant_go_on_as_a_run_of_their_own(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    earlier = run(pipeline, latents, tmp_path)
+    kept = (earlier / "log.jsonl").read_bytes()
+    later = {"steps": 18, "learning_rate": 1e-3, "changed": True}
+    new = run(pipeline, latents, tmp_path, resume=earlier, **later)
+    assert new != earlier and steps_logged(new) == [14, 16, 18]
+    assert (earlier / "log.jsonl").read_bytes() == kept
+    whole = opening(tmp_path / "model", "model", "train").files
+    stopped_at(new, 17)
+    run(pipeline, latents, tmp_path, resume=earlier, **later)  # The same command goes on with it.
+    assert opening(tmp_path / "model", "model", "train").files == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 12, "seed": 1}, "has taken 12 steps; raise train.steps"),
+        ({"steps": 18, "text_learning_rate": 1e-4}, "trained other weights"),
+    ],
+)
+def test_what_cannot_be_gone_on_with(
+    pipeline: Path, latents: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    earlier = run(pipeline, latents, tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(pipeline, latents, tmp_path, resume=earlier, changed=True, **settings)
+
+
+def test_a_folder_that_is_no_run(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run \(has no run\.json\)"):
+        run(pipeline, latents, tmp_path, resume=tmp_path / "runs" / "nothing")
+
+
+def test_an_unfinished_run_of_other_settings_is_mentioned(
+    pipeline: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = run(pipeline, latents, tmp_path)
+    assert "--resume" not in capsys.readouterr().out
+    stopped_at(earlier, 6)
+    (earlier / "step-00000012").rename(earlier / "gone")
+    run(pipeline, latents, tmp_path, learning_rate=1e-3)
+    said = capsys.readouterr().out
+    assert f"--resume {earlier} --changed" in said
+    assert "train.learning_rate 0.0004 -> 0.001" in said
