@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from ldm.encode import encode
 from ldm.first_stage.clip import build_clip
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import build_vae
-from ldm.images import decode_image, encode_png
+from ldm.images import encode_png
 from ldm.models import Source, load_encoders
 from ldm.pipeline_folder import save_pipeline
 from ldm.scenes.lists import caption_of, scene_of
@@ -91,10 +90,3 @@ def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, pipeline: Pa
 def scenes(split: str, count: int) -> np.ndarray:
     """The first ``count`` scenes of a split: uint8 (count, 64, 64, 3)."""
     return np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])
-
-
-def assert_alike(some: Iterable[bytes], others: Iterable[bytes]) -> None:
-    """The same pictures, but for the rounding of batches of another size."""
-    for one, other in zip(some, others, strict=True):
-        difference = decode_image(one).astype(int) - decode_image(other)
-        assert np.abs(difference).max() <= 1
