@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
-    command("ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES)
+    ingest = command(
+        "ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES, runs=RUNS
+    )
+    ingest.add_argument(
+        "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
+    )
     command(
         "first-stage",
         _first_stage,
@@ -150,7 +155,8 @@ def _scenes(options: argparse.Namespace) -> None:
 def _ingest(options: argparse.Namespace) -> None:
     from ldm.ingest.stage import ingest
 
-    ingest(_params(options).ingest, options.data, options.out)
+    config = _params(options).ingest
+    ingest(config, options.data, options.out, options.runs, refetch=options.refetch)
 
 
 def _first_stage(options: argparse.Namespace) -> None:
