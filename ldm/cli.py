@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         "report", _report, "one page about the last training",
         model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT,
     )  # fmt: skip
+    trace = command(
+        "trace", _trace, "where a row's sample is, and which models were trained on it",
+        data=DATA, images=IMAGES, latents=LATENTS,
+    )  # fmt: skip
+    trace.add_argument("named", metavar="URL|KEY", help="of the row; the key of its sample")
     _generate_options(command("generate", _generate, "draw pictures from prompts"))
     explain = command("explain", _explain, "draw diffusion itself: a picture to noise and back")
     explain.add_argument("picture", type=Path)
@@ -216,6 +221,12 @@ def _report(options: argparse.Namespace) -> None:
     report(
         params.registry, options.images, options.latents, options.model, options.eval, options.out
     )
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from ldm.trace import trace
+
+    trace(_params(options), options.named, options.data, options.images, options.latents)
 
 
 def _generate(options: argparse.Namespace) -> None:
