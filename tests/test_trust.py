@@ -101,6 +101,7 @@ def names(*numbers: int) -> list[str]:
     return [f"{number}.png" for number in numbers]
 
 
+@pytest.mark.slow
 def test_rows_come_and_go_and_sites_recover(tmp_path: Path) -> None:
     files: dict[str, bytes | int] = {**FILES, "flaky.png": 503, "slow.png": 429}
     asked: list[str] = []
@@ -142,6 +143,7 @@ def test_rows_come_and_go_and_sites_recover(tmp_path: Path) -> None:
         assert digest_tree(project.out) == same
 
 
+@pytest.mark.slow
 def test_a_refetch_finds_out_who_changed(tmp_path: Path) -> None:
     files: dict[str, bytes | int] = dict(FILES)
     asked: list[str] = []
@@ -307,7 +309,7 @@ def run(
     return digest_tree(out), [(skip.row.url, skip.reason) for skip in skipped]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(RUN, max_size=4), st.lists(st.integers(0, URLS - 1), unique=True, min_size=1))
 def test_after_any_history_a_run_ends_as_a_clean_one(
     history: list[tuple[list[int], set[int], int, bool]], last: list[int]
