@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
-    command("ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES)
+    ingest = command(
+        "ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES, runs=RUNS
+    )
+    ingest.add_argument(
+        "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
+    )
     command(
         "first-stage",
         _first_stage,
@@ -97,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         "report", _report, "one page about the last training",
         model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT,
     )  # fmt: skip
+    trace = command(
+        "trace", _trace, "where a row's sample is, and which models were trained on it",
+        data=DATA, images=IMAGES, latents=LATENTS,
+    )  # fmt: skip
+    trace.add_argument("named", metavar="URL|KEY", help="of the row; the key of its sample")
     _generate_options(command("generate", _generate, "draw pictures from prompts"))
     explain = command("explain", _explain, "draw diffusion itself: a picture to noise and back")
     explain.add_argument("picture", type=Path)
@@ -150,7 +160,8 @@ def _scenes(options: argparse.Namespace) -> None:
 def _ingest(options: argparse.Namespace) -> None:
     from ldm.ingest.stage import ingest
 
-    ingest(_params(options).ingest, options.data, options.out)
+    config = _params(options).ingest
+    ingest(config, options.data, options.out, options.runs, refetch=options.refetch)
 
 
 def _first_stage(options: argparse.Namespace) -> None:
@@ -210,6 +221,12 @@ def _report(options: argparse.Namespace) -> None:
     report(
         params.registry, options.images, options.latents, options.model, options.eval, options.out
     )
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from ldm.trace import trace
+
+    trace(_params(options), options.named, options.data, options.images, options.latents)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Registered models as folders: ``models:/NAME@ALIAS`` out of MLflow, verified."""
+"""Registered models: ``models:/NAME@ALIAS`` as a folder, verified; what versions were made of."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from ldm.errors import UserError
 from ldm.tracking import (
     MODEL_DIGEST,
     PIPELINE,
+    SQLITE,
     TRACKING_URI,
     aliases,
     connect,
     first_line,
+    may_exist,
     tracking_uri,
 )
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+SAMPLES = "samples.txt"
+"""In a version's run: the split and the key of each sample it was trained or validated on."""
+USES = {"train": "was trained on", "validation": "was validated on"}
 
 
 def fetch_model(uri: str) -> Path:
@@ -44,16 +50,52 @@ def pinned(uri: str) -> str:
     return f"models:/{name}/{version}"
 
 
+def trained_on(config: Registry, sample: str) -> dict[str, str | None]:
+    """Each version of the registered model, by name, to what it did with a sample.
+
+    That is one of :data:`USES`, empty for nothing, or None if the version does not say.
+    """
+    at = tracking_uri(config.tracking_uri)
+    if not may_exist(at):
+        return {}
+    client = connect(at)
+    named = aliases(client, config.model)
+    versions = client.search_model_versions(f"name = '{config.model}'")
+    uses: dict[str, str | None] = {}
+    found: dict[str, str | None] = {}
+    for version in sorted(versions, key=lambda version: int(version.version)):
+        own = [alias for alias, number in named.items() if number == str(version.version)]
+        name = " ".join((config.model, "version", str(version.version), *map("@{}".format, own)))
+        # Versions that were trained on the same latents were trained on the same samples.
+        latents = version.tags.get("latents_digest", version.run_id)
+        if uses.get(latents) is None:
+            uses[latents] = _use(client, version.run_id, sample)
+        found[name] = uses[latents]
+    return found
+
+
+def _use(client: MlflowClient, run_id: str, sample: str) -> str | None:
+    from mlflow.artifacts import load_text
+
+    if SAMPLES not in {item.path for item in client.list_artifacts(run_id)}:
+        return None
+    for line in load_text(f"runs:/{run_id}/{SAMPLES}").splitlines():
+        split, _, key = line.partition(" ")
+        if key == sample:
+            return USES[split]
+    return ""
+
+
 def _version_behind(uri: str) -> tuple[MlflowClient, str, str]:
     at = tracking_uri(Registry().tracking_uri)
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
         raise UserError(f"{uri}: is no model; write models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, version = match.groups()
-    database = at.removeprefix("sqlite:///")
-    if database != at and not Path(database).is_file():
+    if not may_exist(at):
         raise UserError(
-            f"{uri}: {database} does not exist; run `ldm register`, or set {TRACKING_URI}"
+            f"{uri}: {at.removeprefix(SQLITE)} does not exist; run `ldm register`, or set "
+            f"{TRACKING_URI}"
         )
     client = connect(at)
     version = version or aliases(client, name).get(alias)

@@ -19,8 +19,11 @@ from ldm.config import Registry, Sampling
 from ldm.config.section import flat
 from ldm.errors import UserError
 from ldm.gate import START, Decision, Row, judge, verdict
+from ldm.latents import SAMPLE_MEMBERS
 from ldm.live import metrics_of
 from ldm.progress import say
+from ldm.registered import SAMPLES, USES
+from ldm.shards import ShardReader
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,8 +55,8 @@ def register(
     """Log a training and its evaluation to MLflow, as a new version named ``challenger``.
 
     The same model with the same evaluation finds its version again. ``latents``, and ``images``
-    behind them, extend the lineage where they are there. Raises :class:`UserError` when the
-    evaluation is of another model, or the model of other latents.
+    behind them, extend the lineage where they are there; ``latents`` tell the samples too. Raises
+    :class:`UserError` when the evaluation is of another model, or the model of other latents.
     """
     trained, judged = opening(model, "model", "train"), opening(evaluation, "eval", "evaluate")
     if judged.inputs["model"] != trained.digest:
@@ -65,7 +68,7 @@ def register(
     if known := tracking.find_version(client, config.model, same):
         done = Registered(config.model, str(known.version), known.run_id, new=False)
     else:
-        done = _new_version(client, config, trained, judged, metrics, tags)
+        done = _new_version(client, config, trained, judged, metrics, tags, _samples(latents))
     client.set_registered_model_alias(config.model, CHALLENGER, done.version)
     what = _adherence(metrics) if done.new else "registered before"
     say(f"register: {what} -> {config.model} version {done.version}, {CHALLENGER}")
@@ -79,6 +82,7 @@ def _new_version(
     judged: Manifest,
     metrics: dict[str, Any],
     tags: dict[str, str],
+    samples: str | None,
 ) -> Registered:
     from ldm.serving import store_model
 
@@ -93,6 +97,8 @@ def _new_version(
         run.log(dict(flat(settings)), points)
         for name in ("metrics.json", "samples.png", "samples.jsonl"):
             client.log_artifact(run.identity, str(judged.path / name))
+        if samples is not None:
+            client.log_text(run.identity, samples, SAMPLES)
         source = store_model(trained.path, Sampling.model_validate(judged.config["sampling"]))
     version = run.name_version(config.model, source, tags, _adherence(metrics))
     return Registered(config.model, version, run.identity, new=True)
@@ -111,6 +117,14 @@ def _curves(log: Path) -> tracking.Points:
     return {
         (name, line["step"]): value for line in lines for name, value in metrics_of(line).items()
     }
+
+
+def _samples(latents: Path | None) -> str | None:
+    """A line with split and key for each sample, if the latents are there."""
+    if latents is None or not (latents / MANIFEST).is_file():
+        return None
+    keys = {split: ShardReader(latents, split, SAMPLE_MEMBERS) for split in USES}
+    return "".join(f"{split} {key}\n" for split in USES for key in sorted(keys[split]))
 
 
 def _lineage(

@@ -28,7 +28,7 @@ from ldm.report_chart import Curves
 from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, render
 from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
 from ldm.shards import ShardReader
-from ldm.tracking import tracking_uri
+from ldm.tracking import may_exist, tracking_uri
 
 if TYPE_CHECKING:
     from ldm.registry import Standing
@@ -94,10 +94,8 @@ def _opened(images: Path, latents: Path, model: Path, evaluation: Path) -> dict[
 
 
 def _standing(registry: Registry, model_digest: str) -> Standing | None:
-    """What the registry knows of the model; asking must not make a database."""
-    uri = tracking_uri(registry.tracking_uri)
-    database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).is_file():
+    """What the registry knows of the model."""
+    if not may_exist(tracking_uri(registry.tracking_uri)):
         return None
     from ldm.registry import standing
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
+SQLITE = "sqlite:///"
 PIPELINE = "pipeline"
 """The logged model's artifact that is the pipeline folder."""
 MODEL_DIGEST = "model_digest"
@@ -52,6 +53,12 @@ Metrics = dict[str, float]
 def tracking_uri(configured: str) -> str:
     """The URI to use: ``MLFLOW_TRACKING_URI`` where it is set, else the configured one."""
     return os.environ.get(TRACKING_URI) or configured
+
+
+def may_exist(uri: str) -> bool:
+    """False for a database that is not there: connecting would make it."""
+    database = uri.removeprefix(SQLITE)
+    return database == uri or Path(database).is_file()
 
 
 def connect(uri: str) -> MlflowClient:
@@ -232,10 +239,10 @@ def _git(*arguments: str) -> str:
 
 
 def _absolute(uri: str) -> str:
-    path = uri.removeprefix("sqlite:///")
+    path = uri.removeprefix(SQLITE)
     if path == uri or path == ":memory:":
         return uri
-    return f"sqlite:///{Path(path).absolute()}"
+    return f"{SQLITE}{Path(path).absolute()}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import threading
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,13 +37,28 @@ def stored(image: Image.Image, form: str = "PNG", **options: int) -> bytes:
 
 
 @contextmanager
-def serving(files: Mapping[str, bytes], denied: Container[str] = ()) -> Iterator[str]:
-    """Yield the URL of a server on loopback; paths are names, ``denied`` are not for training."""
+def serving(
+    files: Mapping[str, bytes | int],
+    denied: Container[str] = (),
+    asked: list[str] | None = None,
+    delay_s: float = 0,
+) -> Iterator[str]:
+    """Yield the URL of a server on loopback; paths are names, ``denied`` are not for training.
+
+    A number instead of a file is the status of an answer without one; names that are not there are
+    not found. What was ``asked`` for is noted there.
+    """
 
     class Files(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.removeprefix("/")
-            body = files[name]
+            if asked is not None:
+                asked.append(name)
+            time.sleep(delay_s)
+            body = files.get(name, 404)
+            if isinstance(body, int):
+                self.send_error(body)
+                return
             self.send_response(200)
             if name in denied:
                 self.send_header("X-Robots-Tag", "noai")

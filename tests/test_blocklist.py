@@ -14,8 +14,9 @@ from ldm.errors import UserError
 from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.perceptual import perceptual_hash
 from ldm.ingest.reasons import RefusedError
-from ldm.ingest.repack import Fetched, Sieve
-from ldm.ingest.rows import Row
+from ldm.ingest.repack import Sieve
+from ldm.ingest.results import Fetched
+from ldm.ingest.rows import Row, key_of
 from ldm.ingest.stage import ingest
 from ldm.shards import ShardReader
 from tests.served import left_out, photograph, serving, stored, write_list
@@ -69,17 +70,17 @@ def test_a_missing_list_stops_the_stage_before_a_download(tmp_path: Path) -> Non
         write_list(tmp_path / "data" / f"{split}.csv", "url,caption", [("http://a/b", "words")])
     config = CONFIG.model_copy(update={"blocked": str(tmp_path / "none.txt")})
     with pytest.raises(UserError, match=r"none\.txt: cannot be read .*mend ingest\.blocked"):
-        ingest(config, tmp_path / "data", tmp_path / "out")
+        ingest(config, tmp_path / "data", tmp_path / "out", tmp_path / "runs")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_the_hash_of_a_sample_blocks_it(tmp_path: Path) -> None:
+def test_the_hash_of_a_sample_blocks_it() -> None:
     """Of what a sample's json says, so that a sample once seen can be listed."""
     content = stored(photograph(2, 64))
-    (tmp_path / "picture").write_bytes(content)
-    fetched = Fetched("", tmp_path / "picture", 0, len(content), CONTENT)
+    fetched = Fetched(CONTENT, 64, 64, lambda: content)
     row = Row("train", 0, "http://a/b", "words")
-    sha256 = json.loads(Sieve(CONFIG, Blocklist()).sample(row, fetched, (64, 64))["json"])["sha256"]
+    about = Sieve(CONFIG, Blocklist()).sample(row, fetched, (64, 64))()["json"]
+    sha256 = json.loads(about)["sha256"]
     for blocked in (sha256, CONTENT):
         with pytest.raises(RefusedError, match="line 1: same content"):
             Sieve(CONFIG, Blocklist({blocked: 1})).sample(row, fetched, (64, 64))
@@ -100,7 +101,7 @@ def test_listed_pictures_become_no_samples(tmp_path: Path) -> None:
         urls = [(f"{server}/{name}", name) for name in files]
         write_list(tmp_path / "data" / "train.csv", "url,caption", urls[:-1])
         write_list(tmp_path / "data" / "validation.csv", "url,caption", urls[-1:])
-        ingest(config, tmp_path / "data", tmp_path / "images")
+        ingest(config, tmp_path / "data", tmp_path / "images", tmp_path / "runs")
     found = left_out(tmp_path / "images")
     assert {place: reason for place, (reason, _) in found.items()} == {
         ("train", 1): "blocked",
@@ -109,7 +110,9 @@ def test_listed_pictures_become_no_samples(tmp_path: Path) -> None:
     assert found["train", 1][1] == "line 1: same content"
     assert found["train", 3][1].startswith("line 2: ")
     samples = ShardReader(tmp_path / "images", "train", frozenset({"png", "json"}))
-    assert samples.keys == ["00000000", "00000002"]
+    assert samples.keys == sorted(
+        key_of(f"{server}/{name}") for name in ("good.png", "like-it.png")
+    )
     manifest = opening(tmp_path / "images", "images", "ingest")
     assert manifest.inputs["blocked"] == digest_file(blocked)
     assert "blocked" not in manifest.config

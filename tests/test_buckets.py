@@ -137,7 +137,7 @@ def ingested(folder: Path, config: Ingest) -> Path:
         for split, names in NAMES.items():
             rows = [(f"{server}/{split}-{name}", f"a {name} caption") for name in names]
             write_list(folder / "data" / f"{split}.csv", "url,caption", rows)
-        ingest(config, folder / "data", folder / "images")
+        ingest(config, folder / "data", folder / "images", folder / "runs")
     return folder / "images"
 
 

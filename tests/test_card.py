@@ -16,8 +16,8 @@ from ldm.grid import CELL, GAP, captioned_grid
 from ldm.ingest.card import card
 from ldm.ingest.histogram import BAR, Histogram, chart, histogram
 from ldm.ingest.markdown import plain, table
-from ldm.ingest.repack import Fetched
 from ldm.ingest.report import report
+from ldm.ingest.results import Fetched
 from ldm.ingest.rows import Row, Skip
 from ldm.ingest.stage import ingest
 from tests.served import photograph, serving, stored, write_list
@@ -103,10 +103,10 @@ def test_pictures_on_the_sheet_keep_their_shape() -> None:
 # --- the card
 
 
-def kept(folder: Path, count: int, host: str = "a.org") -> list[tuple[Row, Fetched]]:
+def kept(count: int, host: str = "a.org") -> list[tuple[Row, Fetched]]:
     """Rows with the same picture."""
-    (folder / "picture").write_bytes(content := stored(photograph(0, 64)))
-    fetched = Fetched("", folder / "picture", 0, len(content), "", 640, 480)
+    content = stored(photograph(0, 64))
+    fetched = Fetched("", 640, 480, lambda: content)
     return [
         (Row("train", at, f"http://{host}/{at}", f"caption {at}"), fetched) for at in range(count)
     ]
@@ -118,15 +118,15 @@ def text_of(rows: list[tuple[Row, Fetched]], skipped: list[Skip] | None = None) 
     return card(counts, rows, skipped, [(64, 64)])["card.md"].decode()
 
 
-def test_one_sample_is_enough(tmp_path: Path) -> None:
-    text = text_of(kept(tmp_path, 1))
+def test_one_sample_is_enough() -> None:
+    text = text_of(kept(1))
     assert "1 of 1, drawn by lot" in text
     assert "## Left out\n\nNothing." in text
     assert "Licences" not in text
 
 
-def test_the_lot_is_not_the_head_of_the_list(tmp_path: Path) -> None:
-    rows = kept(tmp_path, 1000)
+def test_the_lot_is_not_the_head_of_the_list() -> None:
+    rows = kept(1000)
     lines = text_of(rows).splitlines()
     drawn = [int(line.split()[2]) for line in lines if line.startswith("| train ")]
     assert len(set(drawn)) == 24
@@ -134,18 +134,18 @@ def test_the_lot_is_not_the_head_of_the_list(tmp_path: Path) -> None:
     assert 300 < np.mean(drawn) < 700
 
 
-def test_reasons_are_counted_together(tmp_path: Path) -> None:
+def test_reasons_are_counted_together() -> None:
     reasons = ["duplicate", "duplicate content", "near duplicate", "not allowed by its site"]
     reasons += ["blocked"] * 2 + ["http 404"] * 6
     row = Row("train", 9, "http://a/b", "words")
-    lines = text_of(kept(tmp_path, 2), [Skip(row, reason) for reason in reasons]).splitlines()
+    lines = text_of(kept(2), [Skip(row, reason) for reason in reasons]).splitlines()
     counts = {"rows": 14, "kept": 2, "duplicates": 3, "opt-outs": 1, "blocked": 2}
     for name, count in [*counts.items(), ("left out otherwise", 6)]:
         assert f"| {name} | {count} | {count} |" in lines
 
 
-def test_domains_with_most_rows_come_first(tmp_path: Path) -> None:
-    rows = [row for host in "abcdefghijkl" for row in kept(tmp_path, 2, f"{host}.org")]
+def test_domains_with_most_rows_come_first() -> None:
+    rows = [row for host in "abcdefghijkl" for row in kept(2, f"{host}.org")]
     skipped = [Skip(Row("train", at, "http://l.org/x", ""), "empty caption") for at in range(3)]
     skipped.append(Skip(Row("train", 9, "ftp://b", "words"), "bad url"))
     lines = text_of(rows, skipped).partition("## Domains")[2].splitlines()
@@ -176,7 +176,7 @@ def test_the_card_of_a_list(tmp_path: Path) -> None:
         config = Ingest(
             image_size=128, threads=4, processes=1, max_punsafe=0.5, min_yield=0.1, retries=0
         )
-        ingest(config, tmp_path / "data", tmp_path / "images")
+        ingest(config, tmp_path / "data", tmp_path / "images", tmp_path / "runs")
     text = (tmp_path / "images" / "card.md").read_text()
     for line in (
         "| rows | 5 | 1 | 6 |",

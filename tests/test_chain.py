@@ -116,6 +116,17 @@ def test_dvc_deletes_the_latents_and_they_are_not_encoded_again(
     assert len(list((project / "artifacts/latents").glob("train-*.tar"))) > 1
 
 
+def test_dvc_deletes_the_pictures_and_they_are_not_fetched_again(
+    reproduced: Path, tmp_path: Path
+) -> None:
+    project = shutil.copytree(reproduced, tmp_path / "project")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["ingest"]["samples_per_shard"] = 7
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    assert ", 0 URLs asked" in call(project, "dvc", "repro", "-s", "ingest")
+    assert len(list((project / "artifacts/images").glob("train-*.tar"))) > 6
+
+
 def test_the_metrics_are_all_there(reproduced: Path) -> None:
     metrics = json.loads((reproduced / "artifacts/eval/metrics.json").read_text())
     shares = ("adherence", "adherence_new", "adherence_heldout")

@@ -30,7 +30,7 @@ from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest import fetch
 from ldm.ingest.reasons import RefusedError, as_message, read_message
-from ldm.ingest.rows import Row, ascii_url, read_list, sort_out
+from ldm.ingest.rows import Row, ascii_url, key_of, read_list, sort_out
 from ldm.ingest.stage import ingest
 from ldm.scenes import origin
 from ldm.scenes.lists import ORIGIN, scene_of
@@ -173,8 +173,9 @@ def lists(
 
 @pytest.fixture(scope="module")
 def images(lists: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("artifacts") / "images"
-    ingest(CONFIG, lists, out)
+    folder = tmp_path_factory.mktemp("project")
+    out = folder / "artifacts" / "images"
+    ingest(CONFIG, lists, out, folder / "runs")
     return out
 
 
@@ -187,13 +188,13 @@ def reader(images: Path, split: str = "train") -> ShardReader:
     return ShardReader(images, split, frozenset({"png", "json"}))
 
 
-def pixels(images: Path, row: int) -> np.ndarray:
-    content = reader(images).read(f"{row:08d}", "png")
+def pixels(images: Path, url: str) -> np.ndarray:
+    content = reader(images).read(key_of(url), "png")
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def row_of(cases: list[tuple[str, str, str | None]], caption: str) -> int:
-    return [case[1] for case in cases].index(caption)
+def url_of(cases: list[tuple[str, str, str | None]], caption: str) -> str:
+    return next(case[0] for case in cases if case[1] == caption)
 
 
 def test_each_row_is_kept_or_skipped_for_its_own_reason(
@@ -204,8 +205,8 @@ def test_each_row_is_kept_or_skipped_for_its_own_reason(
     expected = {row: reason for row, (_, _, reason) in enumerate(cases) if reason}
     assert {int(line["row"]): line["reason"] for line in skipped} == expected
     assert [int(line["row"]) for line in skipped] == sorted(expected)
-    kept = [f"{row:08d}" for row in range(len(cases)) if row not in expected]
-    assert reader(images).keys == kept
+    kept = [key_of(url) for url, _, reason in cases if reason is None]
+    assert sorted(reader(images).keys) == sorted(kept)
     assert manifest.counts == {"train": len(kept), "validation": 4}
 
 
@@ -225,31 +226,31 @@ def test_pixels_and_words_are_those_of_the_list(
     cases: list[tuple[str, str, str | None]], images: Path
 ) -> None:
     for row in range(20):
-        assert np.array_equal(pixels(images, row), scene(row))
+        assert np.array_equal(pixels(images, cases[row][0]), scene(row))
     samples = reader(images)
+    words = {url: caption.replace("\n", " ") for url, caption, reason in cases if not reason}
     for key in samples:
         found = json.loads(samples.read(key, "json"))
-        url, caption, _ = cases[int(key)]
         content = samples.read(key, "png")
-        assert list(found) == ["caption", "url", "row", "sha256", "width", "height"]
-        words = caption.replace("\n", " ")
-        assert (found["url"], found["caption"], found["row"]) == (url, words, int(key))
+        assert list(found) == ["caption", "url", "sha256", "width", "height"]
+        assert key_of(found["url"]) == key
+        assert found["caption"] == words[found["url"]]
         assert found["sha256"] == hashlib.sha256(content).hexdigest()
         assert (found["width"], found["height"]) == (64, 64)
         assert Image.open(io.BytesIO(content)).mode == "RGB"
-    assert "红色圆形".encode() in samples.read("00000000", "json")
+    assert "红色圆形".encode() in samples.read(key_of(cases[0][0]), "json")
 
 
 def test_pictures_of_other_forms_become_square_8_bit_rgb(
     cases: list[tuple[str, str, str | None]], images: Path
 ) -> None:
-    wide = pixels(images, row_of(cases, "wide"))
+    wide = pixels(images, url_of(cases, "wide"))
     assert wide[:, :30].tolist() == np.full((64, 30, 3), (255, 0, 0)).tolist()
     assert wide[:, 34:].tolist() == np.full((64, 30, 3), (0, 0, 255)).tolist()
-    deep = pixels(images, row_of(cases, "deep"))
+    deep = pixels(images, url_of(cases, "deep"))
     assert deep[:, 0, 0].tolist() == list(range(0, 256, 4))
-    assert (pixels(images, row_of(cases, "clear")) == 255).all()
-    assert np.array_equal(pixels(images, row_of(cases, "address in Chinese")), scene(901))
+    assert (pixels(images, url_of(cases, "clear")) == 255).all()
+    assert np.array_equal(pixels(images, url_of(cases, "address in Chinese")), scene(901))
 
 
 def test_manifest_names_lists_and_settings_that_decide_the_bytes(
@@ -263,8 +264,11 @@ def test_manifest_names_lists_and_settings_that_decide_the_bytes(
     assert "train-00002.tar" in manifest.files
 
 
-def test_nothing_but_the_output_and_the_log_is_left(images: Path) -> None:
-    assert sorted(path.name for path in images.parent.iterdir()) == [".images.log", "images"]
+def test_nothing_but_the_output_the_log_and_the_store_is_left(images: Path) -> None:
+    left = [path.name for path in images.parent.iterdir()]
+    assert sorted(left) == [".images.lock", ".images.log", "images"]
+    store = images.parent.parent / "runs" / "fetched"
+    assert sorted(path.name for path in store.iterdir()) == ["fetched.db", "lock"]
     assert "Downloading starting now" in (images.parent / ".images.log").read_text()
 
 
@@ -272,7 +276,8 @@ def test_again_with_more_processes_gives_the_same_bytes(
     lists: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "SHARD_ROWS", (7, 7))
-    ingest(CONFIG.model_copy(update={"processes": 2, "threads": 9}), lists, tmp_path / "images")
+    config = CONFIG.model_copy(update={"processes": 2, "threads": 9})
+    ingest(config, lists, tmp_path / "images", tmp_path / "runs")
     assert digest_tree(tmp_path / "images") == digest_tree(images)
     again = (tmp_path / "images" / "manifest.json").read_bytes()
     assert again == (images / "manifest.json").read_bytes()
@@ -286,13 +291,14 @@ def test_dead_list_fails_and_leaves_the_earlier_output(
     write_list(data / "validation.csv", [(f"{closed}/9.png", "words"), ("ftp://a/b", "words")])
     shutil.copytree(images, out)
     with pytest.raises(UserError) as caught:
-        ingest(CONFIG, data, out)
+        ingest(CONFIG, data, out, tmp_path / "runs")
     message = str(caught.value)
     assert message.startswith(f"{data / 'train.csv'}: 0 of 5 rows kept")
     assert "mostly unreachable (5 rows, such as row 0" in message
     assert "check the network" in message
     assert "\n" not in message
-    assert sorted(path.name for path in out.parent.iterdir()) == [".images.log", "images"]
+    left = [path.name for path in out.parent.iterdir()]
+    assert sorted(left) == [".images.lock", ".images.log", "images"]
     opening(out, "images", "ingest")
     assert digest_tree(out) == digest_tree(images)
 
@@ -300,8 +306,9 @@ def test_dead_list_fails_and_leaves_the_earlier_output(
 def test_list_without_one_usable_row_fails_before_any_download(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         write_list(tmp_path / "data" / f"{split}.csv", [(embedded("train", 0), "")] * 3)
+    config = CONFIG.model_copy(update={"min_yield": 0.0})
     with pytest.raises(UserError, match=r"0 of 3 rows kept.*mostly empty caption \(3 rows"):
-        ingest(CONFIG.model_copy(update={"min_yield": 0.0}), tmp_path / "data", tmp_path / "out")
+        ingest(config, tmp_path / "data", tmp_path / "out", tmp_path / "runs")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -323,7 +330,7 @@ def test_unusable_list_is_named_with_the_remedy(
     if content is not None:
         (tmp_path / "train.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        ingest(CONFIG, tmp_path, tmp_path / "out")
+        ingest(CONFIG, tmp_path, tmp_path / "out", tmp_path / "runs")
     assert not (tmp_path / "out").exists()
 
 
@@ -394,11 +401,13 @@ def test_download_that_fails_or_leaves_a_shard_out_is_an_error(
         list(fetch.watch(ended, job(tmp_path)))
 
 
-def test_progress_is_counted_in_rows(tmp_path: Path) -> None:
+def test_finished_shards_are_told_with_their_rows(tmp_path: Path) -> None:
     for shard in range(3):
         (tmp_path / f"{shard:05d}_stats.json").touch()
     with child("") as ended:
-        assert len(list(fetch.watch(ended, job(tmp_path)))) == 250
+        shards = list(fetch.watch(ended, job(tmp_path)))
+    assert shards == ["00000", "00001", "00002"]
+    assert [job(tmp_path).rows_in(shard) for shard in shards] == [100, 100, 50]
 
 
 def gone(pid: int, within_s: float = 20) -> bool:

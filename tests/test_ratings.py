@@ -11,7 +11,8 @@ import pytest
 from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest.blocklist import Blocklist
-from ldm.ingest.repack import Fetched, Sieve
+from ldm.ingest.repack import Sieve
+from ldm.ingest.results import Fetched
 from ldm.ingest.rows import Row, Skip, read_list, sort_out
 from ldm.ingest.stage import ingest
 from tests.served import photograph, stored, write_list
@@ -71,16 +72,16 @@ def test_the_first_good_row_of_a_url_stays(tmp_path: Path) -> None:
 
 
 def test_a_sample_carries_what_its_row_gives(tmp_path: Path) -> None:
-    (tmp_path / "picture").write_bytes(content := stored(photograph(0, 64)))
-    fetched = Fetched("", tmp_path / "picture", 0, len(content), "")
+    content = stored(photograph(0, 64))
+    fetched = Fetched("", 64, 64, lambda: content)
     cells = [(" cc-by \n", "0.25", "", "6"), ("", "", "", "")]
     for row, expected in zip(
         sorted_out(tmp_path, *cells)[0],
         [{"license": "cc-by", "punsafe": 0.25, "aesthetic": 6.0}, {}],
         strict=True,
     ):
-        about = json.loads(Sieve(Ingest(), Blocklist()).sample(row, fetched, (64, 64))["json"])
-        assert {name: about[name] for name in list(about)[6:]} == expected
+        about = json.loads(Sieve(Ingest(), Blocklist()).sample(row, fetched, (64, 64))()["json"])
+        assert {name: about[name] for name in list(about)[5:]} == expected
 
 
 def test_a_limit_without_its_column_fails_before_any_download(tmp_path: Path) -> None:
@@ -91,5 +92,5 @@ def test_a_limit_without_its_column_fails_before_any_download(tmp_path: Path) ->
         r"empty\); fill that column"
     )
     with pytest.raises(UserError, match=words):
-        ingest(Ingest(max_punsafe=0.5), tmp_path, tmp_path / "out")
+        ingest(Ingest(max_punsafe=0.5), tmp_path, tmp_path / "out", tmp_path / "runs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.csv", "validation.csv"]

@@ -34,6 +34,7 @@ class Ingest(Section):
     quality: Annotated[int, Field(ge=0, le=100)] = 95
     """For jpg and webp: quality. For png it is not used; compression is always 6."""
     samples_per_shard: Count = 1000
+    """At most; half as many on average: URLs decide where one ends (:mod:`ldm.ingest.cuts`)."""
     timeout_s: Count = 10
     """For a whole try: name, connection, redirects and body."""
     retries: Annotated[int, Field(ge=0)] = 1

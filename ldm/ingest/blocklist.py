@@ -10,8 +10,8 @@ from pathlib import Path
 from ldm.errors import UserError
 from ldm.ingest.perceptual import Lookalikes
 from ldm.ingest.reasons import RefusedError
+from ldm.ingest.rows import SHA256
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 PERCEPTUAL = re.compile(r"[0-9a-f]{16}")
 
 

@@ -21,7 +21,7 @@ from ldm.ingest.buckets import Size, nearest
 from ldm.ingest.histogram import chart, histogram
 from ldm.ingest.markdown import plain, table
 from ldm.ingest.ratings import LICENSE, SCORES
-from ldm.ingest.repack import Fetched
+from ldm.ingest.results import Fetched
 from ldm.ingest.rows import Row, Skip, ascii_url
 
 SAMPLES, COLUMNS, SEED = 24, 6, 0

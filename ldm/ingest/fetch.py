@@ -1,4 +1,4 @@
-"""Rows to img2dataset's shards: run it as a child process, watch it, never trust its exit code."""
+"""Rows to pictures by img2dataset: run as a child process, watched, its exit code never trusted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +20,9 @@ from ldm.errors import UserError
 from ldm.ingest.buckets import buckets_of
 from ldm.ingest.guard import Guard
 from ldm.ingest.pictures import Rules
+from ldm.ingest.results import POSITION, Result, results
 from ldm.ingest.rows import Row, ascii_url
 from ldm.progress import progress
-
-POSITION = "position"
-"""Column of img2dataset's tables: index into the rows that were asked for."""
 
 SHARDS_A_PROCESS = 4
 """img2dataset starts a process afresh after five shards, which costs seconds."""
@@ -34,6 +32,9 @@ SHARD_ROWS = (100, 2000)
 POLL_S = 0.2
 PATIENCE_S = 300
 """How long start-up may take, and how much longer than its timeouts allow a shard may."""
+
+Take = Callable[[Iterable[tuple[Row, Result]]], None]
+"""What is called with a finished shard's rows and their results."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Job:
         """How many shards that makes."""
         return math.ceil(self.rows / self.shard_rows)
 
-    def rows_in(self, shard: int) -> int:
+    def rows_in(self, shard: str) -> int:
         """The last shard has what is left over."""
-        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+        return min(self.shard_rows, self.rows - int(shard) * self.shard_rows)
 
-    def finished(self) -> set[int]:
-        """Numbers of the finished shards: their statistics are written last."""
-        return {int(path.name.partition("_")[0]) for path in self.folder.glob("*_stats.json")}
+    def finished(self) -> set[str]:
+        """Names, numbers all, of the finished shards: their statistics are written last."""
+        return {path.name.partition("_")[0] for path in self.folder.glob("*_stats.json")}
 
 
-def fetch(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> Path:
-    """Download, crop and re-encode the rows' pictures; returns the folder of img2dataset's shards.
+def fetch(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest, take: Take) -> None:
+    """Download, crop and re-encode the rows' pictures; ``take`` gets them as shards are finished.
 
     Shows a progress bar. img2dataset's own words go to ``log``. Raises :class:`UserError` naming
     the log when it fails, stands still or leaves a shard out.
@@ -70,10 +71,15 @@ def fetch(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> Path
     source = scratch / "list.parquet"
     _write_list(source, rows)
     job = _plan(len(rows), scratch / "shards", log, config)
-    with _running(_settings(source, job, config), log) as child:
-        for _ in progress(watch(child, job), "ingest", len(rows), "rows"):
-            pass
-    return job.folder
+    with (
+        _running(_settings(source, job, config), log) as child,
+        progress((), "ingest", len(rows), "rows") as bar,
+    ):
+        for shard in watch(child, job):
+            found = results(job.folder / shard, config.image_format)
+            take((rows[position], result) for position, result in found)
+            (job.folder / f"{shard}.tar").unlink()
+            bar.update(job.rows_in(shard))
 
 
 def _plan(rows: int, folder: Path, log: Path, config: Ingest) -> Job:
@@ -103,19 +109,26 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
         "output_folder": str(job.folder),
         "output_format": "webdataset",
         "incremental_mode": "incremental",  # "overwrite" deletes its own temporary folder
-        "image_size": config.image_size,
-        "resize_mode": "center_crop",
-        "resize_only_if_bigger": False,
-        "encode_format": config.image_format,
-        "encode_quality": 6 if config.image_format == "png" else config.quality,
         "compute_hash": "sha256",
         "extract_exif": False,
         "number_sample_per_shard": job.shard_rows,
         "processes_count": min(config.processes, job.shards),
         "thread_count": config.threads,
         "guard": asdict(guard_of(config)),
-        "rules": asdict(rules_of(config)),
         "enable_wandb": False,
+        **making(config),
+    }
+
+
+def making(config: Ingest) -> dict[str, Any]:
+    """Those arguments that decide what becomes of a file."""
+    return {
+        "image_size": config.image_size,
+        "resize_mode": "center_crop",
+        "resize_only_if_bigger": False,
+        "encode_format": config.image_format,
+        "encode_quality": 6 if config.image_format == "png" else config.quality,
+        "rules": asdict(rules_of(config)),
     }
 
 
@@ -174,19 +187,19 @@ def _running(settings: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[b
                 os.killpg(child.pid, signal.SIGKILL)
 
 
-def watch(child: subprocess.Popen[bytes], job: Job) -> Iterator[None]:
-    """Yield once a finished row, in leaps of a shard, until the child ends.
+def watch(child: subprocess.Popen[bytes], job: Job) -> Iterator[str]:
+    """Yield the names of shards as they are finished, until the child ends.
 
     Raises :class:`UserError` when it fails, stands still or leaves a shard out.
     """
-    done: set[int] = set()
+    done: set[str] = set()
     last = time.monotonic()
     while True:
         ended = child.poll() is not None
         for shard in sorted(job.finished() - done):
             done.add(shard)
             last = time.monotonic()
-            yield from (None for _ in range(job.rows_in(shard)))
+            yield shard
         if ended:
             break
         if time.monotonic() - last > job.patience_s:

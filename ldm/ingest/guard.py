@@ -16,14 +16,12 @@ from urllib.parse import urljoin, urlsplit
 
 from ldm.ingest.addresses import resolved
 from ldm.ingest.optout import opted_out
-from ldm.ingest.reasons import RefusedError
+from ldm.ingest.reasons import RefusedError, may_pass
 from ldm.ingest.rows import ascii_url
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 5
 CHUNK = 1 << 16
-PASSING = frozenset({"timeout", "connection lost", "unreachable", "http 429"})
-"""Reasons that may be gone at the next try; so may any ``http 5xx``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Guard:
             try:
                 return self._try(url)
             except RefusedError as refusal:
-                if not _may_pass(refusal.reason):
+                if not may_pass(refusal.reason):
                     raise
         return self._try(url)
 
@@ -119,10 +117,6 @@ class Guard:
         if answer.length:
             raise RefusedError("truncated", f"{answer.length} bytes of the body are missing")
         return body.getvalue()
-
-
-def _may_pass(reason: str) -> bool:
-    return reason in PASSING or reason.startswith("http 5")
 
 
 class Deadline:

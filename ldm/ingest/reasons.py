@@ -11,6 +11,9 @@ class RefusedError(Exception):
         self.reason, self.detail = reason, detail
 
 
+PASSING = frozenset(
+    {"timeout", "connection lost", "unreachable", "http 429", "download failed", "no result"}
+)
 _REFUSED = "refused: "
 _SEPARATOR = " | "
 
@@ -24,6 +27,9 @@ REMEDIES = {
     "empty caption": "fill the column caption",
     "bad url": "mend the column url",
     "bad score": "mend that column",
+    "bad sha256": "mend that column",
+    "changed content": "look at the URL; if what is there now is right, put its sha256 into the "
+    "list's column sha256",
     "no score": "fill that column, or set its limit under ingest to null",
     "punsafe too high": "raise ingest.max_punsafe, or set it to null",
     "pwatermark too high": "raise ingest.max_pwatermark, or set it to null",
@@ -34,7 +40,12 @@ REMEDIES = {
 }
 """What to do when a reason is a list's commonest."""
 
-DEFAULT_REMEDY = "mend the list, or lower ingest.min_yield"
+DEFAULT_REMEDY = "mend the list, ask it all again (--refetch), or lower ingest.min_yield"
+
+
+def may_pass(reason: str) -> bool:
+    """Whether a reason may be gone at the next try."""
+    return reason in PASSING or reason.startswith("http 5")
 
 
 def as_message(refusal: RefusedError) -> str:

@@ -1,92 +1,33 @@
-"""img2dataset's shards to ours: each sample verified, without duplicates, in the list's order."""
+"""Fetched pictures to shards: each sample verified, without duplicates."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.config import Ingest
 from ldm.ingest.blocklist import Blocklist
 from ldm.ingest.buckets import Size, buckets_of, nearest
+from ldm.ingest.cuts import CutShards, Sample
 from ldm.ingest.duplicates import Kept
-from ldm.ingest.fetch import POSITION
 from ldm.ingest.perceptual import perceptual_hash
 from ldm.ingest.pictures import checked
 from ldm.ingest.ratings import ratings
-from ldm.ingest.reasons import RefusedError, read_message
+from ldm.ingest.reasons import RefusedError
+from ldm.ingest.results import Fetched
 from ldm.ingest.rows import Row, Skip
-from ldm.shards import ShardWriter
+from ldm.ingest.store import Store
 
-COLUMNS = [POSITION, "key", "error_message", "sha256", "original_width", "original_height"]
-"""What is read of img2dataset's tables."""
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What became of one row: where the picture's bytes are, or img2dataset's error message."""
-
-    message: str
-    tar: Path | None = None
-    offset: int = 0
-    size: int = 0
-    sha256: str = ""
-    """Of the file as it was downloaded, in hexadecimal."""
-    width: int = 0
-    height: int = 0
-    """In pixels, before the crop."""
-
-    def read(self) -> bytes:
-        """The picture's bytes."""
-        assert self.tar is not None
-        with self.tar.open("rb") as file:
-            return os.pread(file.fileno(), self.size, self.offset)
-
-
-def results(folder: Path, image_format: str) -> dict[int, Fetched]:
-    """Read all of img2dataset's tables and tar headers: position of the row to its result."""
-    import pyarrow.parquet as pq
-
-    found: dict[int, Fetched] = {}
-    for table_path in sorted(folder.glob("*.parquet")):
-        tar = table_path.with_suffix(".tar")
-        members = _members(tar, image_format)
-        for line in pq.read_table(table_path, columns=COLUMNS).to_pylist():
-            found[line[POSITION]] = _fetched(line, tar, members.get(line["key"]))
-    return found
-
-
-def _members(path: Path, image_format: str) -> dict[str, tarfile.TarInfo]:
-    """The pictures by key."""
-    with tarfile.open(path, "r:") as tar:
-        return {
-            member.name.partition(".")[0]: member
-            for member in tar
-            if member.name.endswith(f".{image_format}")
-        }
-
-
-def _fetched(line: Mapping[str, Any], tar: Path, member: tarfile.TarInfo | None) -> Fetched:
-    if member is None:
-        return Fetched(line["error_message"] or "")
-    size = line["original_width"], line["original_height"]
-    return Fetched("", tar, member.offset_data, member.size, line["sha256"], *size)
+Candidate = tuple[Row, Fetched, Size]
+"""A row, its picture, and what that was cropped to."""
 
 
 def repack(
-    rows: Sequence[Row],
-    fetched: Mapping[int, Fetched],
-    blocked: Blocklist,
-    out: Path,
-    config: Ingest,
+    rows: Sequence[Row], store: Store, blocked: Blocklist, out: Path, config: Ingest
 ) -> tuple[list[tuple[Row, Fetched]], list[Skip]]:
-    """Write ``SPLIT-*.tar`` into ``out``; ``fetched`` maps indices of ``rows`` to results.
+    """Write ``SPLIT-*.tar`` of the rows' pictures, of which the store knows, into ``out``.
 
     With aspect buckets these are ``SPLIT-WIDTHxHEIGHT-*.tar``, each of samples of one size.
 
@@ -94,31 +35,39 @@ def repack(
     """
     kept: list[tuple[Row, Fetched]] = []
     skipped: list[Skip] = []
-    sieve = Sieve(config, blocked)
+    sieve, sizes = Sieve(config, blocked), buckets_of(config)
     for split in dict.fromkeys(row.split for row in rows):
-        with _writers(out, split, config) as writers:
-            for at, row in enumerate(rows):
-                if row.split != split:
-                    continue
-                try:
-                    result = _expect_picture(fetched.get(at))
-                    size = nearest(result.width, result.height, list(writers))
-                    writers[size].write(f"{row.number:08d}", sieve.sample(row, result, size))
-                except RefusedError as refusal:
-                    skipped.append(Skip(row, refusal.reason, refusal.detail))
-                else:
-                    kept.append((row, result))
+        found: list[Candidate] = []
+        for row in (row for row in rows if row.split == split):
+            try:
+                found.append(_candidate(row, store.fetched(row), sizes))
+            except RefusedError as refusal:
+                skipped.append(Skip(row, refusal.reason, refusal.detail))
+        shards = _shards(out, split, found, config)
+        for row, fetched, size in found:
+            sample: Sample | None = None
+            try:
+                sample = sieve.sample(row, fetched, size)
+                kept.append((row, fetched))
+            except RefusedError as refusal:
+                skipped.append(Skip(row, refusal.reason, refusal.detail))
+            shards[size].put(row.key, sample)
     return kept, skipped
 
 
-@contextmanager
-def _writers(out: Path, split: str, config: Ingest) -> Iterator[dict[Size, ShardWriter]]:
-    """For samples of each size."""
-    with ExitStack() as stack:
-        yield {
-            size: stack.enter_context(ShardWriter(out, prefix, config.samples_per_shard))
-            for size, prefix in _prefixes(split, config).items()
-        }
+def _candidate(row: Row, fetched: Fetched, sizes: Sequence[Size]) -> Candidate:
+    return row, fetched, nearest(fetched.width, fetched.height, sizes)
+
+
+def _shards(
+    out: Path, split: str, candidates: Sequence[Candidate], config: Ingest
+) -> dict[Size, CutShards]:
+    """Those of each size."""
+    shards = {}
+    for size, prefix in _prefixes(split, config).items():
+        keys = [row.key for row, _, own in candidates if own == size]
+        shards[size] = CutShards(out, prefix, keys, config.samples_per_shard)
+    return shards
 
 
 def _prefixes(split: str, config: Ingest) -> dict[Size, str]:
@@ -134,8 +83,8 @@ class Sieve:
         self.config, self.blocked = config, blocked
         self.kept = Kept(config.near_duplicates)
 
-    def sample(self, row: Row, fetched: Fetched, size: Size) -> dict[str, bytes]:
-        """The row's members by extension; raises :class:`RefusedError` when it is not kept.
+    def sample(self, row: Row, fetched: Fetched, size: Size) -> Sample:
+        """The row's sample; raises :class:`RefusedError` when it is not kept.
 
         ``size``: what the picture must have been cropped to.
         """
@@ -146,15 +95,7 @@ class Sieve:
         self.blocked.refuse((fetched.sha256, sha256), look)
         self.kept.add(row, sha256, look)
         about = _description(row, sha256, look, image.size)
-        return {self.config.image_format: content, "json": about}
-
-
-def _expect_picture(result: Fetched | None) -> Fetched:
-    if result is None:
-        raise RefusedError("no result", "img2dataset said nothing of this row; its log may")
-    if result.tar is None:
-        raise RefusedError(*read_message(result.message))
-    return result
+        return lambda: {self.config.image_format: fetched.read(), "json": about}
 
 
 def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int]) -> bytes:
@@ -162,7 +103,6 @@ def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int])
     value: dict[str, str | float] = {
         "caption": row.caption,
         "url": row.url,
-        "row": row.number,
         "sha256": sha256,
         "width": size[0],
         "height": size[1],

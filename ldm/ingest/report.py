@@ -60,12 +60,21 @@ def table(skipped: Iterable[Skip]) -> bytes:
     return text.getvalue().encode()
 
 
-def line(report: Mapping[str, Any], out: Path) -> str:
-    """The stage's line of result."""
+def hashes(files: Mapping[str, str | None]) -> bytes:
+    """URLs with the sha256 of their files as CSV; those without one are left out."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("url", "sha256"))
+    writer.writerows((url, sha256) for url, sha256 in files.items() if sha256)
+    return text.getvalue().encode()
+
+
+def line(report: Mapping[str, Any], asked: int, out: Path) -> str:
+    """The stage's line of result; ``asked`` is of this run."""
     skipped: Mapping[str, int] = report["skipped"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     why = f" ({reasons})" if reasons else ""
     return (
         f"ingest: {report['rows']} rows, {report['kept']} kept, "
-        f"{sum(skipped.values())} skipped{why} -> {out}"
+        f"{sum(skipped.values())} skipped{why}, {asked} URLs asked -> {out}"
     )

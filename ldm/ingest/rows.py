@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -16,6 +19,7 @@ from ldm.ingest.ratings import RATINGS, check_ratings
 from ldm.ingest.reasons import RefusedError
 
 COLUMNS = ("url", "caption")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Row:
     caption: str
     rated: Mapping[str, str] = field(default_factory=dict)
     """The filled cells of the optional columns, :data:`ldm.ingest.ratings.RATINGS`."""
+    sha256: str = ""
+    """The optional column of that name: what the file behind the URL must be, or anything."""
+
+    @cached_property
+    def key(self) -> str:
+        """The name of the row's sample: see :func:`key_of`."""
+        return key_of(self.url)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,8 @@ def _row(split: str, number: int, line: Mapping[str, str | None], max_caption: i
     cells = {name: cleaned(line.get(name) or "", max_caption) for name in ("caption", *RATINGS)}
     caption = cells.pop("caption")
     rated = {name: cell for name, cell in cells.items() if cell}
-    return Row(split, number, (line["url"] or "").strip(), caption, rated)
+    sha256 = (line.get("sha256") or "").strip().lower()
+    return Row(split, number, (line["url"] or "").strip(), caption, rated, sha256)
 
 
 def sort_out(rows: Iterable[Row], config: Ingest) -> tuple[list[Row], list[Skip]]:
@@ -93,7 +105,7 @@ def sort_out(rows: Iterable[Row], config: Ingest) -> tuple[list[Row], list[Skip]
         except RefusedError as refusal:
             skipped.append(Skip(row, refusal.reason, refusal.detail))
             continue
-        earlier = first.setdefault(row.url, row.number)
+        earlier = first.setdefault(row.key, row.number)
         if earlier != row.number:
             skipped.append(Skip(row, "duplicate", f"same url as row {earlier}"))
         else:
@@ -106,7 +118,20 @@ def _check(row: Row, config: Ingest) -> None:
         raise RefusedError("empty caption")
     if ascii_url(row.url) is None:
         raise RefusedError("bad url", "must be http://HOST/... or https://HOST/...")
+    if row.sha256 and not SHA256.fullmatch(row.sha256):
+        raise RefusedError("bad sha256", f"{row.sha256[:80]!r} is not 64 hexadecimal digits")
     check_ratings(row.rated, config)
+
+
+def key_of(url: str) -> str:
+    """The name of a URL's sample: half of the sha256 of its ASCII form. UserError if it has none.
+
+    A function of the URL alone, so that a sample keeps it whatever happens to other rows.
+    """
+    plain = ascii_url(url)
+    if plain is None:
+        raise UserError(f"{url[:200]!r}: is no URL; write http://HOST/... or https://HOST/...")
+    return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
 def ascii_url(url: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,35 +12,47 @@ from typing import Any
 
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
+from ldm.errors import UserError
+from ldm.ingest.basis import basis_of
 from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.buckets import buckets_of
 from ldm.ingest.card import card
 from ldm.ingest.fetch import fetch
-from ldm.ingest.repack import Fetched, repack, results
-from ldm.ingest.report import expect_yield, line, report, table
+from ldm.ingest.repack import repack
+from ldm.ingest.report import expect_yield, hashes, line, report, table
 from ldm.ingest.rows import Row, Skip, read_list, sort_out
+from ldm.ingest.store import Store
+from ldm.locks import held
 from ldm.progress import say
 from ldm.scenes.lists import ORIGIN
 from ldm.scenes.origin import serving_scenes
 
 SPLITS = ("train", "validation")
+FETCHED, LOCK, SCRATCH = "fetched", "lock", "scratch"
 
 NOT_IN_BYTES = frozenset(
     {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "blocked"}
 )
 """Settings of how pictures are fetched, not of what is written of them; a file is in the inputs."""
+DISTRUSTED = frozenset({"blocked", "changed content"})
+"""Reasons for which a picture that was fetched is not kept either."""
 
 
-def ingest(config: Ingest, data: Path, out: Path) -> None:
+def ingest(config: Ingest, data: Path, out: Path, runs: Path, *, refetch: bool = False) -> None:
     """Fetch the pictures that ``data/train.csv`` and ``data/validation.csv`` name into ``out``.
 
     ``out`` becomes a directory of kind ``images``: ``SPLIT-NNNNN.tar``, or with aspect buckets
     ``SPLIT-WIDTHxHEIGHT-NNNNN.tar``, with one sample a kept row, ``report.json`` with counts,
-    ``skipped.csv`` with every row left out and why, and ``card.md`` with its pictures. What
-    img2dataset says stays in a hidden log beside ``out``.
+    ``skipped.csv`` with every row left out and why, ``fetched.csv`` with the sha256 of each file
+    that was downloaded, and ``card.md`` with its pictures. What img2dataset says stays in a hidden
+    log beside ``out``.
+
+    ``runs/fetched`` keeps what URLs gave (:mod:`ldm.ingest.store`), for the next run, or for this
+    one if it is killed; ``out`` is what it would be without. With ``refetch`` every URL is asked.
 
     Raises :class:`UserError` when a list or the block list is unusable, the download fails, or less
-    than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was.
+    than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was. And while
+    another process writes ``out``, or uses these ``runs``.
     """
     paths = {split: data / f"{split}.csv" for split in SPLITS}
     rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
@@ -55,21 +68,38 @@ def ingest(config: Ingest, data: Path, out: Path) -> None:
     # Before the downloads, which may take days.
     _expect_yields(sizes, Counter(row.split for row in wanted), skipped, config.min_yield)
     counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    with _opened(config, out, runs, refetch) as store:
+        with writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh:
+            _fetch_unknown(wanted, store, out.parent / f".{out.name}.log", config)
+            kept, refused = repack(wanted, store, blocked, fresh, config)
+            counts.update(Counter(row.split for row, _ in kept))
+            skipped = _in_list_order(skipped + refused)
+            try:
+                _expect_yields(sizes, counts, skipped, config.min_yield)
+            except UserError:
+                store.forget_refusals()  # Or the next run, which asks what is unknown, ends alike.
+                raise
+            summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
+            write_json(fresh / "report.json", summary)
+            write_whole(fresh / "skipped.csv", table(skipped))
+            first = {row.url: store.first(row) for row in wanted}
+            write_whole(fresh / "fetched.csv", hashes(first))
+            for name, content in card(summary, kept, skipped, buckets_of(config)).items():
+                write_whole(fresh / name, content)
+        store.finish(wanted, [skip.row for skip in refused if skip.reason in DISTRUSTED])
+        say(line(summary, store.asked, out))
+
+
+@contextmanager
+def _opened(config: Ingest, out: Path, runs: Path, refetch: bool) -> Iterator[Store]:
+    """The store, with nobody else at it or at ``out``."""
+    folder = runs / FETCHED
     with (
-        _scratch(out) as scratch,
-        writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh,
+        held(out.with_name(f".{out.name}.lock"), f"{out}: another process makes it; wait for it"),
+        held(folder / LOCK, f"{runs}: another `ldm ingest` uses it; wait, or give another --runs"),
+        Store(folder, basis_of(config), refetch=refetch) as store,
     ):
-        pictures = _fetched(wanted, scratch, out.parent / f".{out.name}.log", config)
-        kept, refused = repack(wanted, pictures, blocked, fresh, config)
-        counts.update(Counter(row.split for row, _ in kept))
-        skipped = _in_list_order(skipped + refused)
-        _expect_yields(sizes, counts, skipped, config.min_yield)
-        summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
-        write_json(fresh / "report.json", summary)
-        write_whole(fresh / "skipped.csv", table(skipped))
-        for name, content in card(summary, kept, skipped, buckets_of(config)).items():
-            write_whole(fresh / name, content)
-    say(line(summary, out))
+        yield store
 
 
 def _expect_yields(
@@ -81,24 +111,28 @@ def _expect_yields(
         expect_yield(path, size, kept[path.stem], own, min_yield)
 
 
-def _fetched(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest) -> dict[int, Fetched]:
-    """Results by index of ``rows``; the embedded scenes are served if any row wants one."""
-    embedded = any(row.url.startswith(f"{ORIGIN}/") for row in rows)
-    with serving_scenes() if embedded and config.serve_scenes else nullcontext():
-        folder = fetch(rows, scratch, log, config)
-    return results(folder, config.image_format)
+def _fetch_unknown(rows: Sequence[Row], store: Store, log: Path, config: Ingest) -> None:
+    """Ask each URL once that the store does not know; serve the embedded scenes if one is there."""
+    asked = list({row.key: row for row in rows if not store.knows(row)}.values())
+    if not asked:
+        return
+    embedded = any(row.url.startswith(f"{ORIGIN}/") for row in asked)
+    with (
+        serving_scenes() if embedded and config.serve_scenes else nullcontext(),
+        _scratch(store.path.parent) as scratch,
+    ):
+        fetch(asked, scratch, log, config, store.take)
 
 
 @contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that is gone after the block."""
-    folder = out.parent / f".{out.name}.scratch"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder that is gone after the block; no other's, to which killed ones may still write."""
+    for left_by_a_kill in parent.glob(f"{SCRATCH}-*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{SCRATCH}-", dir=parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
 
 
 def _lasting(config: Ingest) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""What decides a download's result beside its URL, as digests: another one, and it is asked again.
+
+A picture is asked for again when its bytes would be others, or settings might refuse it. A refusal
+is asked again after any change of the code that refuses too: it costs less than the picture that a
+mended rule lets in, while pictures that are gone from the web by now would be lost.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.artifacts import digest_file, digest_json
+from ldm.config import Ingest
+from ldm.ingest.fetch import guard_of, making
+
+MAKING = ("buckets", "pictures", "resizer")
+REFUSING = ("addresses", "downloader", "guard", "optout", "reasons", "rows")
+"""Modules of this room."""
+LIBRARIES = ("albumentations", "img2dataset", "numpy", "opencv-python-headless", "pillow")
+
+
+class Basis(NamedTuple):
+    """Digests of what decides a picture, and a refusal."""
+
+    picture: str
+    refusal: str
+
+
+def basis_of(config: Ingest) -> Basis:
+    """The digests under these settings and this code."""
+    guard = guard_of(config)
+    decides = {
+        "settings": {
+            **making(config),
+            **{name: getattr(guard, name) for name in ("agent", "allowed", "max_bytes")},
+        },
+        "code": _code(MAKING),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return Basis(digest_json(decides), digest_json({**decides, "refusing": _code(REFUSING)}))
+
+
+def _code(modules: tuple[str, ...]) -> list[str]:
+    return [digest_file(Path(__file__).with_name(f"{name}.py")) for name in modules]

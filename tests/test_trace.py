@@ -1,0 +1,170 @@
+"""What a row touched, on a real MLflow, and what is left of it when it is gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ldm import tracking
+from ldm.artifacts import opening, writing
+from ldm.config import Encode, Params, Pretrained, Registry
+from ldm.encode import encode
+from ldm.errors import UserError
+from ldm.images import encode_png
+from ldm.ingest.rows import key_of
+from ldm.latents import text_key
+from ldm.params import load_params
+from ldm.registry import promote, register
+from ldm.scenes.lists import scene_of
+from ldm.scenes.render import draw
+from ldm.shards import writing_shard
+from ldm.trace import trace
+from tests.served import write_list
+from tests.test_registry import evaluation_of, model_of
+
+ROOT = Path(__file__).resolve().parent.parent
+URLS = [f"http://a.org/{number}.png" for number in range(4)]
+GONE = URLS[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory, with MLflow's database and files."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(tracking.TRACKING_URI, raising=False)
+        patch.chdir(folder)
+        yield folder
+
+
+class Project:
+    """Lists, pictures, latents and a registry, as the stages leave them."""
+
+    def __init__(self, place: Path, pipeline: Path) -> None:
+        self.pipeline = pipeline
+        self.data, self.images, self.latents = (
+            place / name for name in ("data", "images", "latents")
+        )
+        self.params = load_params(str(ROOT / "params.yaml"), ["registry.model=traced"])
+        self.runs = place / "runs"
+
+    def make(self, train: list[str]) -> None:
+        lists = {"train": train, "validation": URLS[3:]}
+        with writing(self.images, "images", config={"image_format": "png"}, inputs={}) as fresh:
+            for split, urls in lists.items():
+                write_list(self.data / f"{split}.csv", "url,caption", [(url, url) for url in urls])
+                with writing_shard(fresh / f"{split}-00000.tar") as append:
+                    for key, url in sorted((key_of(url), url) for url in urls):
+                        content = encode_png(draw(scene_of("retrain", "train", URLS.index(url))[1]))
+                        about = json.dumps({"caption": url}).encode()
+                        append(key, {"png": content, "json": about})
+        pretrained = Pretrained(pipeline=str(self.pipeline))
+        encode(Encode(batch_size=4), pretrained, self.images, self.latents, self.runs)
+
+    def register(self, folder: Path, mark: str, *, latents: Path | None) -> str:
+        digest = opening(self.latents, "latents", "encode").digest
+        model = model_of(folder / mark, self.pipeline, mark, latents=digest)
+        paths = model, evaluation_of(folder / mark, model), self.images, latents
+        return register(self.params.registry, *paths).version
+
+    def trace(self, named: str) -> None:
+        trace(self.params, named, self.data, self.images, self.latents)
+
+
+@pytest.fixture(scope="module")
+def project(place: Path, pipeline: Path) -> Project:
+    """With two versions of the same latents, the second of which does not say so itself."""
+    project = Project(place, pipeline)
+    project.make(URLS[:3])
+    project.register(place, "first", latents=project.latents)
+    project.register(place, "second", latents=None)
+    promote(project.params.registry, "1")
+    return project
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_row_is_followed_to_the_models(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, text = key_of(GONE), text_key(GONE)
+    capsys.readouterr()
+    project.trace(GONE)
+    expected = [
+        f"{project.data / 'train.csv'} row 1: {GONE}",
+        f"{project.images / 'train-00000.tar'}: picture {key}",
+        f"{project.latents / 'train-00000.tar'}: latents {key}",
+        f"{project.latents / 'texts-00000.tar'}: text {text}, which other samples may share",
+        "traced version 1 @champion: was trained on it",
+        "traced version 2 @challenger: was trained on it",
+    ]
+    assert said(capsys) == expected
+    project.trace(key)
+    assert said(capsys) == expected
+    project.trace(URLS[3])
+    assert said(capsys)[-1] == "traced version 2 @challenger: was validated on it"
+
+
+def test_what_nobody_knows_is_said_in_one_line(project: Project) -> None:
+    for named in ("http://a.org/none.png", "0" * 32):
+        with pytest.raises(UserError, match=rf"^{named}: no trace of it$"):
+            project.trace(named)
+    with pytest.raises(UserError, match="'train-00000': is no URL; write http"):
+        project.trace("train-00000")
+
+
+def test_old_versions_are_found_when_the_row_is_gone(
+    project: Project, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.make([URLS[0], URLS[2]])
+    assert project.register(place, "third", latents=project.latents) == "3"
+    capsys.readouterr()
+    project.trace(GONE)
+    assert said(capsys) == [
+        "traced version 1 @champion: was trained on it",
+        "traced version 2: was trained on it",
+    ]
+    project.trace(URLS[0])
+    assert said(capsys)[-1] == "traced version 3 @challenger: was trained on it"
+
+
+def test_versions_that_do_not_say_are_named(
+    project: Project, place: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Registry(model="silent")
+    model = model_of(place / "silent", pipeline, latents="other")
+    register(config, model, evaluation_of(place / "silent", model))
+    silent = Params.model_validate({**project.params.model_dump(), "registry": config})
+    with pytest.raises(UserError, match=r"no trace of it; not known of silent version 1 @chall"):
+        trace(silent, "0" * 32, project.data, project.images, project.latents)
+    capsys.readouterr()
+    trace(silent, URLS[3], project.data, project.images, project.latents)
+    assert said(capsys)[-1] == "not known of silent version 1 @challenger"
+
+
+def test_a_damaged_shard_is_named(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "train-00000.tar").write_bytes(b"nonsense" * 100)
+    with pytest.raises(UserError, match=r"train-00000\.tar: damaged tar"):
+        trace(project.params, GONE, tmp_path, tmp_path, tmp_path)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    write_list(tmp_path / "data" / "train.csv", "url,caption", [("http://a/图", "words")])
+    command = [sys.executable, "-m", "ldm.cli", "trace", "--params", str(ROOT / "params.yaml")]
+    environment = {"PYTHONPATH": str(ROOT)}
+    known, other = (
+        subprocess.run(
+            [*command, named], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        for named in ("http://a/%E5%9B%BE", "http://a/b")
+    )
+    assert (known.returncode, known.stdout) == (0, "data/train.csv row 0: http://a/图\n")
+    assert (other.returncode, other.stderr) == (1, "ldm trace: http://a/b: no trace of it\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
