@@ -267,6 +267,18 @@ def test_damaged_copy_is_mended(server: Server, tmp_path: Path) -> None:
     server.requests.clear()
     assert fetched(tmp_path / "reader") == FILES
     assert len(server.asked("GET")) == 3
+    (folder / "train-00000.tar").write_text("?")
+    publish(tmp_path / "writer", CHANGED)
+    assert fetched(tmp_path / "reader") == CHANGED
+
+
+def test_unreadable_copy_is_no_hindrance(server: Server, tmp_path: Path) -> None:
+    publish(tmp_path / "writer")
+    with reading(URL, tmp_path / "reader") as folder:
+        pass
+    (folder / MANIFEST).write_text("{")
+    publish(tmp_path / "writer", CHANGED)
+    assert fetched(tmp_path / "reader") == CHANGED
 
 
 def test_published_anew_while_it_is_fetched(server: Server, tmp_path: Path) -> None:
@@ -305,7 +317,16 @@ def test_copy_stays_while_it_is_read(server: Server, tmp_path: Path) -> None:
             assert old.is_dir()
     with reading(URL, runs):
         assert new.is_dir() and not old.exists()
+        assert [path.stem for path in new.parent.glob("*.lock")] == [new.name]
     assert len(list((tmp_path / "writer").rglob(MANIFEST))) == 1
+
+
+def test_publishing_the_same_leaves_its_readers_alone(server: Server, tmp_path: Path) -> None:
+    publish(tmp_path)
+    with reading(URL, tmp_path) as copy, reading(URL, tmp_path) as same:
+        shard = (copy / "train-00000.tar").stat().st_ino
+        publish(tmp_path)
+        assert same == copy and (copy / "train-00000.tar").stat().st_ino == shard
 
 
 def test_two_who_publish(server: Server, tmp_path: Path) -> None:
