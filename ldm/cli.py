@@ -18,6 +18,7 @@ from ldm.quiet import quieten
 
 if TYPE_CHECKING:
     from ldm.config import Params
+    from ldm.remote import Location
 
 MODEL_HELP = "folder, checkpoint of a training, hub id or MLflow URI"
 FAST = {"compute": "auto", "guided_from": 0.3, "guided_to": 0.9}
@@ -33,6 +34,8 @@ MODEL = Path("artifacts/model")
 EVAL = Path("artifacts/eval")
 REPORT = Path("artifacts/report")
 RUNS = Path("runs")
+REMOTE = frozenset({IMAGES, LATENTS})
+"""What may be given as a URL instead."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override"
         )
         for path, default in paths.items():
-            sub.add_argument(f"--{path}", type=Path, default=default, help=f"default: {default}")
+            kind, what = (_location, "folder or URL, ") if default in REMOTE else (_folder, "")
+            about = f"{what}default: {default}"
+            sub.add_argument(f"--{path}", type=kind, default=default, help=about)
         return sub
 
     command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
@@ -73,12 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
     )
     command(
-        "first-stage",
-        _first_stage,
-        "train VAE and CLIP from nothing",
-        images=IMAGES,
-        out=FIRST_STAGE,
-    )
+        "first-stage", _first_stage, "train VAE and CLIP from nothing",
+        images=IMAGES, out=FIRST_STAGE, runs=RUNS,
+    )  # fmt: skip
     command(
         "encode", _encode, "pictures and captions to latents",
         images=IMAGES, out=LATENTS, runs=RUNS,
@@ -93,18 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", _register, "log the training to MLflow, name it challenger",
-        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS,
+        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, runs=RUNS,
     )  # fmt: skip
     promote = command("promote", _promote, "make the challenger champion if the gate lets it")
     promote.add_argument("--version", dest="named", help="decide on this one, not the challenger")
     promote.add_argument("--rollback", action="store_true", help="put the former champion back")
     command(
         "report", _report, "one page about the last training",
-        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT,
+        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT, runs=RUNS,
     )  # fmt: skip
     trace = command(
         "trace", _trace, "where a row's sample is, and which models were trained on it",
-        data=DATA, images=IMAGES, latents=LATENTS,
+        data=DATA, images=IMAGES, latents=LATENTS, runs=RUNS,
     )  # fmt: skip
     trace.add_argument("named", metavar="URL|KEY", help="of the row; the key of its sample")
     _generate_options(command("generate", _generate, "draw pictures from prompts"))
@@ -138,6 +140,21 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="default: a folder of the job's own in generated/")
 
 
+def _location(text: str) -> Location:
+    if "://" not in text:
+        return Path(text)
+    url = text.rstrip("/")
+    if "://" not in url:
+        raise argparse.ArgumentTypeError(f"{text} names no bucket; write s3://BUCKET/FOLDER")
+    return url
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no folder; only images and latents have URLs")
+    return Path(text)
+
+
 def _params(options: argparse.Namespace) -> Params:
     from ldm.params import load_params
 
@@ -159,34 +176,42 @@ def _scenes(options: argparse.Namespace) -> None:
 
 def _ingest(options: argparse.Namespace) -> None:
     from ldm.ingest.stage import ingest
+    from ldm.remote import publishing
 
     config = _params(options).ingest
-    ingest(config, options.data, options.out, options.runs, refetch=options.refetch)
+    with publishing(options.out, "images", options.runs) as out:
+        ingest(config, options.data, out, options.runs, refetch=options.refetch)
 
 
 def _first_stage(options: argparse.Namespace) -> None:
     from ldm.first_stage.stage import first_stage
+    from ldm.remote import reading
 
-    first_stage(_params(options).first_stage, options.images, options.out)
+    with reading(options.images, options.runs) as images:
+        first_stage(_params(options).first_stage, images, options.out)
 
 
 def _encode(options: argparse.Namespace) -> None:
     from ldm.encode import encode
+    from ldm.remote import publishing, reading
 
     params = _params(options)
-    encode(params.encode, params.pretrained, options.images, options.out, options.runs)
+    with (
+        publishing(options.out, "latents", options.runs) as out,
+        reading(options.images, options.runs) as images,
+    ):
+        encode(params.encode, params.pretrained, images, out, options.runs)
 
 
 def _train(options: argparse.Namespace) -> None:
     from ldm.launch import launch_training
+    from ldm.remote import reading
 
     if options.changed and options.resume is None:
         raise UserError("--changed: says what --resume RUN may do; give that too")
-    launch_training(
-        *(_params(options), options.latents, options.out, options.runs),
-        resume=options.resume,
-        changed=options.changed,
-    )
+    params, how = _params(options), {"resume": options.resume, "changed": options.changed}
+    with reading(options.latents, options.runs) as latents:
+        launch_training(params, latents, options.out, options.runs, **how)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -199,9 +224,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _register(options: argparse.Namespace) -> None:
     from ldm.registry import register
+    from ldm.remote import reading
 
-    paths = (options.model, options.eval, options.images, options.latents)
-    register(_params(options).registry, *paths)
+    with (
+        reading(options.images, options.runs, files=False) as images,
+        reading(options.latents, options.runs, files=False) as latents,
+    ):
+        register(_params(options).registry, options.model, options.eval, images, latents)
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -215,18 +244,27 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from ldm.remote import reading
     from ldm.report import report
 
-    params = _params(options)
-    report(
-        params.registry, options.images, options.latents, options.model, options.eval, options.out
-    )
+    registry = _params(options).registry
+    with (
+        reading(options.images, options.runs) as images,
+        reading(options.latents, options.runs) as latents,
+    ):
+        report(registry, images, latents, options.model, options.eval, options.out)
 
 
 def _trace(options: argparse.Namespace) -> None:
+    from ldm.remote import reading
     from ldm.trace import trace
 
-    trace(_params(options), options.named, options.data, options.images, options.latents)
+    params = _params(options)
+    with (
+        reading(options.images, options.runs) as images,
+        reading(options.latents, options.runs) as latents,
+    ):
+        trace(params, options.named, options.data, images, latents)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -13,33 +13,35 @@ from ldm.errors import UserError
 
 
 @contextmanager
-def held(path: Path, refusal: str, patience_s: float = 0) -> Iterator[None]:
-    """Hold a lock on a file, made if there is none, while the block runs.
+def held(
+    path: Path, refusal: str, patience_s: float = 0, *, shared: bool = False
+) -> Iterator[None]:
+    """Hold a lock on a file, made if there is none, while the block runs; some may if ``shared``.
 
     The system lets go of it when the process ends, killed or not. Raises :class:`UserError` with
     ``refusal`` if another process still holds it after ``patience_s`` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience_s
-    with path.open("a") as file:
-        while not _taken(file):
+    with path.open("a+") as file:
+        while not _taken(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
                 raise UserError(refusal)
             time.sleep(0.1)
         yield
 
 
-def _taken(file: IO[str]) -> bool:
+def _taken(file: IO[str], how: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock on a file."""
+    """Whether some process holds the lock on a file, alone or not."""
     if not path.is_file():
         return False
     with path.open("a") as file:
-        return not _taken(file)
+        return not _taken(file, fcntl.LOCK_EX)

@@ -7,13 +7,15 @@ then reads any member with one positioned read, so order is the caller's choice.
 from __future__ import annotations
 
 import io
+import math
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+import numpy as np
 
 from ldm.errors import UserError
 
@@ -71,17 +73,14 @@ def _append(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> Non
         tar.addfile(info, io.BytesIO(members[extension]))
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a member's bytes are: shard number, offset and size in bytes."""
-
-    shard: int
-    offset: int
-    size: int
+SPAN = np.dtype([("shard", np.uint32), ("offset", np.int64), ("size", np.int64)])
+"""Where a member's bytes are: shard number, offset and size in bytes."""
 
 
 class ShardReader:
     """Random access to the samples of a folder's ``PREFIX-*.tar``, by key.
+
+    The index is arrays: for each sample its key's bytes, 8 for its place, 20 for each member.
 
     Raises :class:`UserError` naming the shard when a tar is damaged, a member's extension is not
     in ``extensions``, its name has a path, or a sample is not whole or not unique.
@@ -89,56 +88,101 @@ class ShardReader:
 
     def __init__(self, folder: Path, prefix: str, extensions: frozenset[str]) -> None:
         self.paths = sorted(folder.glob(f"{prefix}-*.tar"))
-        self._members: dict[str, dict[str, Span]] = {}
-        for shard, path in enumerate(self.paths):
-            self._scan(shard, path, extensions)
-        for key, members in self._members.items():
-            if members.keys() != extensions:
-                missing = ", ".join(sorted(extensions - members.keys()))
-                path = self.paths[next(iter(members.values())).shard]
-                raise UserError(f"{path}: sample {key!r} lacks {missing}; make the shards again")
+        self._columns = {extension: at for at, extension in enumerate(sorted(extensions))}
         self._files: dict[int, int] = {}
+        self._index(*self._scanned())
 
-    def _scan(self, shard: int, path: Path, extensions: frozenset[str]) -> None:
+    def _scanned(self) -> list[np.ndarray]:
+        """Key, column and span of every member, in the order of the shards."""
+        scans = [(np.empty(0, "S1"), np.empty(0, np.uint8), np.empty(0, SPAN))]
+        scans += (self._scan(shard, path) for shard, path in enumerate(self.paths))
+        return [np.concatenate(parts) for parts in zip(*scans, strict=True)]
+
+    def _scan(self, shard: int, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        keys, columns, spans = [], [], []
         try:
             with tarfile.open(path, "r:") as tar:
-                for member in tar:
+                members: list[tarfile.TarInfo] = vars(tar)["members"]  # It would keep them all.
+                while member := tar.next():
+                    members.clear()
                     key, _, extension = member.name.partition(".")
-                    if not member.isfile() or "/" in member.name or extension not in extensions:
+                    column = self._columns.get(extension)
+                    if not member.isfile() or "/" in member.name or column is None:
                         raise UserError(f"{path}: unexpected member {member.name!r}")
-                    spans = self._members.setdefault(key, {})
-                    if extension in spans:
-                        raise UserError(f"{path}: member {member.name!r} occurs twice")
-                    spans[extension] = Span(shard, member.offset_data, member.size)
+                    keys.append(_to_bytes(key))
+                    columns.append(column)
+                    spans.append((shard, member.offset_data, member.size))
                 _expect_end(path, tar)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{path}: damaged tar ({error}); make the shards again") from error
+        return np.array(keys, np.bytes_), np.array(columns, np.uint8), np.array(spans, SPAN)
+
+    def _index(self, keys: np.ndarray, columns: np.ndarray, spans: np.ndarray) -> None:
+        """From members in the order of the shards to samples by sorted key."""
+        self._keys, first, sample = np.unique(keys, return_index=True, return_inverse=True)
+        self._order = np.argsort(first)
+        shape = len(self._keys), len(self._columns)
+        places = np.ravel_multi_index((sample, columns), shape)
+        times = np.bincount(places, minlength=math.prod(shape))
+        extensions = list(self._columns)
+        if (times > 1).any():
+            _, once = np.unique(places, return_index=True)
+            again = np.setdiff1d(np.arange(len(places)), once)[0]
+            path = self.paths[spans["shard"][again]]
+            name = f"{_to_text(keys[again])}.{extensions[columns[again]]}"
+            raise UserError(f"{path}: member {name!r} occurs twice")
+        lacking = (times == 0).reshape(shape)
+        if lacking.any():
+            number = next(number for number in self._order if lacking[number].any())
+            path = self.paths[spans["shard"][first[number]]]
+            missing = ", ".join(extensions[column] for column in np.flatnonzero(lacking[number]))
+            key = _to_text(self._keys[number])
+            raise UserError(f"{path}: sample {key!r} lacks {missing}; make the shards again")
+        self._spans = np.empty(shape, SPAN)
+        self._spans.reshape(-1)[places] = spans
 
     @property
     def keys(self) -> list[str]:
         """All keys in the order of the shards."""
-        return list(self._members)
+        return list(self)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._keys)
 
     def read(self, key: str, extension: str, most: int | None = None) -> bytes:
         """One member's bytes, or the first ``most`` of them."""
-        span = self._members[key][extension]
-        size = span.size if most is None else min(most, span.size)
-        if span.shard not in self._files:
-            self._files[span.shard] = os.open(self.paths[span.shard], os.O_RDONLY)
-        content = os.pread(self._files[span.shard], size, span.offset)
+        span = self._spans[self._number(key), self._columns[extension]]
+        shard, offset, size = span.item()
+        size = size if most is None else min(most, size)
+        if shard not in self._files:
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        content = os.pread(self._files[shard], size, offset)
         if len(content) != size:
-            raise UserError(f"{self.paths[span.shard]}: was cut short; make the shards again")
+            raise UserError(f"{self.paths[shard]}: was cut short; make the shards again")
         return content
 
+    def _number(self, key: str) -> int:
+        wanted = _to_bytes(key)
+        number = int(self._keys.searchsorted(wanted))
+        if number == len(self._keys) or self._keys[number] != wanted:
+            raise KeyError(key)
+        return number
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
+        return map(_to_text, self._keys[self._order])
 
     def __getstate__(self) -> dict[str, object]:
         """Workers open their own files."""
         return {**self.__dict__, "_files": {}}
+
+
+def _to_bytes(key: str) -> bytes:
+    """A key as tarfile reads and writes it."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def _to_text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
 
 
 def _expect_end(path: Path, tar: tarfile.TarFile) -> None:

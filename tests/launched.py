@@ -14,7 +14,7 @@ SHORT = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 6, "
 SHORT |= {"track": False}
 
 
-def launch(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Popen[bytes]:
+def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object) -> Popen[bytes]:
     """``ldm train`` in a process group of its own."""
     overrides = {**SHORT, "steps": 60, "checkpoint_every": 10, "mixed_precision": "no", **settings}
     command = [sys.executable, "-m", "ldm.cli", "train", "--params", str(ROOT / "params.yaml")]

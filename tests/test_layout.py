@@ -24,6 +24,7 @@ STAGES = {
 }
 SPEAK_MLFLOW = {"tracking", "registered", "registry", "serving"}
 HEAVY = {"torch", "diffusers", "transformers", "mlflow", "prefect", "pandas", "dvc", "numpy"}
+HEAVY |= {"fsspec", "botocore"}
 SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,40 @@ def test_round_trip(
     folder = write(tmp_path_factory.mktemp("round"), samples, a_shard)
     assert read_all(folder, frozenset({"a", "b.c"})) == samples
     assert len(list(folder.iterdir())) == -(-len(samples) // a_shard)
+
+
+@given(st.lists(st.text("ab大é", max_size=3), unique=True, max_size=12), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_index_is_that_of_tarfile(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str], data: st.DataObject
+) -> None:
+    """Members in any order, a sample's apart from each other, over some shards."""
+    folder = tmp_path_factory.mktemp("index")
+    members = data.draw(st.permutations([(key, name) for key in keys for name in sorted(MEMBERS)]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(members)), max_size=2)))
+    for shard, (start, end) in enumerate(pairwise([0, *cuts, len(members)])):
+        contents = [(".".join(name), repr(name).encode()) for name in members[start:end]]
+        write_tar(folder / f"train-{shard:05d}.tar", contents)
+    reader = ShardReader(folder, "train", MEMBERS)
+    assert list(reader) == reader.keys == list(dict.fromkeys(key for key, _ in members))
+    for key, name in members:
+        assert reader.read(key, name) == repr((key, name)).encode()
+    for unknown in {"", "a", "b", "c", "大", "aaaa"} - set(keys):
+        with pytest.raises(KeyError):
+            reader.read(unknown, "png")
+
+
+def test_the_index_is_small(tmp_path: Path) -> None:
+    """8 bytes of key, 8 of place, 20 a member: 100,000 samples must not weigh on a loader."""
+    count = 4000
+    samples = {f"{row:08d}": {"png": b"", "json": b""} for row in range(count)}
+    write(tmp_path, samples, a_shard=1000)
+    tracemalloc.start()
+    reader = ShardReader(tmp_path, "train", MEMBERS)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(reader) == count
+    assert size < 60 * count + 2**17
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
