@@ -68,12 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
     command("ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES)
     command(
-        "first-stage",
-        _first_stage,
-        "train VAE and CLIP from nothing",
-        images=IMAGES,
-        out=FIRST_STAGE,
-    )
+        "first-stage", _first_stage, "train VAE and CLIP from nothing",
+        images=IMAGES, out=FIRST_STAGE, runs=RUNS,
+    )  # fmt: skip
     command(
         "encode", _encode, "pictures and captions to latents",
         images=IMAGES, out=LATENTS, runs=RUNS,
@@ -150,7 +147,7 @@ def _ingest(options: argparse.Namespace) -> None:
 def _first_stage(options: argparse.Namespace) -> None:
     from ldm.first_stage.stage import first_stage
 
-    first_stage(_params(options).first_stage, options.images, options.out)
+    first_stage(_params(options).first_stage, options.images, options.out, options.runs)
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -101,6 +101,19 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
+def test_a_first_stage_is_named_by_the_code_that_decides_it() -> None:
+    from ldm.first_stage.stage import DECIDING
+
+    trained_by = ("vae", "tokenizer", "clip", "layout")
+    needed = set[str]()
+    for module in trained_by:
+        needed_by(f"ldm.first_stage.{module}", needed)
+    keeping = {"checkpoint", "models", "run_log", "termination"}
+    paths = {name.removeprefix("ldm.").replace(".", "/") for name in needed}
+    own = {path for path in paths if path.split("/")[0] in {*ANYWHERE, *keeping, "first_stage"}}
+    assert paths - own - {"nn"} == set(DECIDING)
+
+
 @pytest.mark.parametrize(
     ("stage", "module"),
     [
