@@ -10,7 +10,7 @@ stage() { [[ -f "$work/$1/manifest.json" ]] || "${@:2}" --params tiny-scratch --
 mkdir -p "$work/data"
 ldm scenes --params tiny-scratch --out "$work/data"
 stage images ldm ingest --data "$work/data"
-stage first-stage ldm first-stage --images "$work/images"
+stage first-stage ldm first-stage --images "$work/images" --runs "$work/runs"
 stage latents ldm encode --images "$work/images" --runs "$work/runs"
 stage model ldm train --latents "$work/latents" --runs "$work/runs"
 python -m ldm.pretrained "$work/model" "$work/first-stage"

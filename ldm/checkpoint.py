@@ -1,8 +1,9 @@
 """Training state on disk: safetensors and JSON, whole or not there at all.
 
 ``RUN/step-00000300/`` holds ``weights.safetensors``, ``ema.safetensors``, their average,
-``optimizer.safetensors`` and, written last, ``state.json`` with the step and each file's sha256.
-``RUN/model.json`` says what the weights are the weights of.
+``optimizer.safetensors``, ``random.safetensors``, of these what a training has, and, written last,
+``state.json`` with the step and each file's sha256. ``RUN/model.json`` says what a denoiser's
+weights are the weights of.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,15 +26,16 @@ from ldm.errors import UserError
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
-PARTS = ("weights", "ema", "optimizer")
+PARTS = ("weights", "ema", "optimizer", "random")
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after ``step`` optimizer steps: three sets of tensors by name.
+    """The state after ``step`` optimizer steps: sets of tensors by name; an empty one has no file.
 
-    ``val_loss``: of the averaged weights, where this step was validated.
+    ``val_loss``: of the averaged weights, where this step was validated. ``random``: the state of
+    generators, where a step's draws are no function of its number.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Checkpoint:
     ema: Tensors
     optimizer: Tensors
     val_loss: float | None = None
+    random: Tensors = field(default_factory=dict)
 
     def copied(self) -> Checkpoint:
         """The same state in memory of its own, on the CPU."""
@@ -112,10 +115,11 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for part in PARTS:
-        path = folder / f"{part}.safetensors"
-        save_file(getattr(checkpoint, part), path)
-        _sync(path)
-        files[path.name] = digest_file(path)
+        if tensors := getattr(checkpoint, part):
+            path = folder / f"{part}.safetensors"
+            save_file(tensors, path)
+            _sync(path)
+            files[path.name] = digest_file(path)
     state = {"step": checkpoint.step, "val_loss": checkpoint.val_loss, "files": files}
     write_json(folder / STATE, state)
     _sync(folder)
@@ -153,7 +157,10 @@ def newest(run: Path) -> Checkpoint | None:
         return None
     state = _state(folder)
     assert state is not None  # It has no damage.
-    parts = {part: load_file(folder / f"{part}.safetensors") for part in PARTS}
+    paths = {part: folder / f"{part}.safetensors" for part in PARTS}
+    parts = {
+        part: load_file(path) if path.name in state["files"] else {} for part, path in paths.items()
+    }
     return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
 
 
@@ -163,7 +170,7 @@ def newest_folder(run: Path) -> Path | None:
         damage = damage_of(folder)
         if damage is None:
             return folder
-        say(f"train: {damage}; going on from an earlier checkpoint, if there is one")
+        say(f"{damage}; going on from an earlier checkpoint, if there is one")
     return None
 
 

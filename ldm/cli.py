@@ -188,7 +188,7 @@ def _first_stage(options: argparse.Namespace) -> None:
     from ldm.remote import reading
 
     with reading(options.images, options.runs) as images:
-        first_stage(_params(options).first_stage, images, options.out)
+        first_stage(_params(options).first_stage, images, options.out, options.runs)
 
 
 def _encode(options: argparse.Namespace) -> None:

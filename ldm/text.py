@@ -20,6 +20,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> tor
     return batch["input_ids"]
 
 
+def lengths(ids: torch.Tensor) -> torch.Tensor:
+    """Tokens of each caption (n, tokens), start and end among them: int64 (n,)."""
+    return (ids == ids[:, -1:]).int().argmax(dim=1) + 1
+
+
 def cut_off(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
     """The end of a caption that is past the tokenizer's limit, or an empty string."""
     ids = tokenizer(caption, add_special_tokens=False)["input_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPModel, CLIPTokenizer
 
-from ldm.config import LayoutTraining, VaeTraining
-from ldm.first_stage.layout import errors, latents_of, layout_accuracy, lengths, train_layout
+from ldm.config import ClipTraining, LayoutTraining, VaeTraining
+from ldm.first_stage.layout import errors, latents_of, layout_accuracy, train_layout
+from ldm.first_stage.loop import Run
 from ldm.first_stage.rearranged import Rearranger
 from ldm.first_stage.stage import text_encoder_of
+from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import build_vae
 from ldm.images import to_model
 from ldm.models import tiny_folder
 from ldm.scenes.captions import caption
+from ldm.scenes.lists import caption_of
 from ldm.scenes.world import KNOWN_SHAPES, describe
-from ldm.text import tokenize
+from ldm.text import lengths, tokenize
 
 START, END = 100, 101
 CPU = torch.device("cpu")
@@ -92,7 +96,9 @@ def test_some_of_each_leaves_out_captions_without_any() -> None:
     assert rearranged.some_of_each(captions[2:], 3, np.random.default_rng(0)).shape == (0, 8)
 
 
-def test_the_text_encoder_learns_what_stands_where(tokenizer: CLIPTokenizer) -> None:
+def test_the_text_encoder_learns_what_stands_where(
+    tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
     clip = CLIPModel.from_pretrained(tiny_folder() / "clip", dtype=torch.float32)
     text_encoder = text_encoder_of(clip)
     red, blue = torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.tensor([-1.0, 1.0, 1.0, -1.0])
@@ -105,7 +111,8 @@ def test_the_text_encoder_learns_what_stands_where(tokenizer: CLIPTokenizer) -> 
             right[:, None, None],
         )
     config = LayoutTraining(steps=150, warmup_steps=20, batch_size=8)
-    reader = train_layout(config, text_encoder, tokenizer, latents, captions, CPU)
+    run = Run(tmp_path, checkpoint_every=1000, log_every=50)
+    reader = train_layout(config, text_encoder, tokenizer, latents, captions, CPU, run)
     tokens = tokenize(tokenizer, captions)
     assert errors(text_encoder, reader, tokens, latents, CPU).max() < 0.1
     accuracy = layout_accuracy(text_encoder, reader, tokenizer, latents, captions, CPU)
@@ -118,6 +125,13 @@ def test_padding_behind_the_end_is_left_out(tokenizer: CLIPTokenizer) -> None:
     tokens = tokenize(tokenizer, captions)
     wanted = [2 + len(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in captions]
     assert lengths(tokens).tolist() == wanted
+
+
+def test_the_same_captions_make_the_same_tokenizer() -> None:
+    """Few captions: many pairs of symbols are as frequent as each other."""
+    captions = [caption_of("retrain", "train", row) for row in range(48)]
+    made = [train_tokenizer(ClipTraining(), captions).backend_tokenizer for _ in range(12)]
+    assert len({one.to_str() for one in made}) == 1
 
 
 def test_latents_are_scaled_once() -> None:

@@ -102,6 +102,19 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
+def test_a_first_stage_is_named_by_the_code_that_decides_it() -> None:
+    from ldm.first_stage.stage import DECIDING
+
+    needed = set[str]()
+    for part in ("vae", "tokenizer", "clip", "layout"):
+        needed_by(f"ldm.first_stage.{part}", needed)
+    paths = {name.removeprefix("ldm.").replace(".", "/") for name in needed}
+    known = (ANYWHERE - {"device"}) | {"checkpoint", "models", "run_log", "termination"}
+    deciding = {path for path in paths if path.split("/")[0] not in known | {"first_stage"}}
+    come_with_the_package = {"nn", "nn/config", "nn/layers", "nn/unet"}
+    assert deciding - come_with_the_package == set(DECIDING)
+
+
 @pytest.mark.parametrize(
     ("stage", "module"),
     [

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from ldm.config.dataset import Encode, Ingest, Pretrained, Scenes
 from ldm.config.drawing import Evaluate, EvaluationSampling, Gate, Registry, Sampling
-from ldm.config.first_stage import ClipTraining, FirstStage, LayoutTraining, VaeTraining
+from ldm.config.first_stage import (
+    ClipTraining,
+    FirstStage,
+    LayoutTraining,
+    PartTraining,
+    VaeTraining,
+)
 from ldm.config.section import Precision, Section
 from ldm.config.training import NoiseSchedule, Train, UnetShape
 
@@ -19,6 +25,7 @@ __all__ = [
     "LayoutTraining",
     "NoiseSchedule",
     "Params",
+    "PartTraining",
     "Precision",
     "Pretrained",
     "Registry",

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm.config.section import Count, Precision, Section
 
+Rate = Annotated[float, Field(gt=0)]
 
-class VaeTraining(Section):
+
+class PartTraining(Section):
+    """What the trainings of all parts have."""
+
+    seed: int = 0
+    steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Count
+    batch_size: Count
+    learning_rate: Rate
+    """At its peak, after the warm-up; half a cosine leads from there to 0."""
+    compute: Precision = "auto"
+
+
+class VaeTraining(PartTraining):
     """The autoencoder of ``ldm first-stage``."""
 
     widths: tuple[Count, ...] = (16, 32, 64, 96)
@@ -17,16 +31,38 @@ class VaeTraining(Section):
     latent_channels: Count = 4
     norm_groups: Count = 8
     mid_attention: bool = False
-    seed: int = 0
     steps: Count = 6000
     warmup_steps: Count = 200
     batch_size: Count = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1.5e-3
+    learning_rate: Rate = 1.5e-3
+    reconstruction: Literal["mse", "l1"] = "mse"
+    """Mean squared or absolute error over pixels in [-1, 1]."""
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3
-    compute: Precision = "auto"
+    perceptual: str | None = None
+    """A CLIP whose image tower also compares pictures and reconstructions: ``tiny``, a folder or a
+    hub id such as openai/clip-vit-base-patch32; null: none does."""
+    perceptual_revision: str | None = None
+    perceptual_weight: Rate = 0.1
+    adversarial_from: Annotated[int, Field(ge=0)] | None = None
+    """The step from which on a discriminator learns to tell reconstructions from pictures, and the
+    decoder to deceive it, for sharper details; null: none. Late, when reconstructions are good."""
+    adversarial_weight: Rate = 0.5
+    """1 pulls on the decoder's last layer as hard as the reconstruction does."""
+    discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=2)] = (64, 128, 256)
+    """It judges patches of 34 pixels; with a fourth width of 70."""
+    discriminator_learning_rate: Rate = 2e-4
+
+    @model_validator(mode="after")
+    def _adversary_plays(self) -> Self:
+        if self.adversarial_from is not None and self.adversarial_from >= self.steps:
+            raise ValueError(
+                f"adversarial_from {self.adversarial_from} is past the last of {self.steps} steps: "
+                "lower it, or set it to null"
+            )
+        return self
 
 
-class ClipTraining(Section):
+class ClipTraining(PartTraining):
     """The CLIP of ``ldm first-stage``; both towers share width, layers and heads."""
 
     width: Count = 128
@@ -39,25 +75,21 @@ class ClipTraining(Section):
     rearranged: Annotated[int, Field(ge=0)] = 3
     """Captions of the same words that say something else, which a picture has to tell from its own
     in training; at most as many a caption."""
-    seed: int = 0
     steps: Count = 3000
     warmup_steps: Count = 100
     batch_size: Count = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    compute: Precision = "auto"
+    learning_rate: Rate = 1e-3
 
 
-class LayoutTraining(Section):
+class LayoutTraining(PartTraining):
     """What the text encoder of ``ldm first-stage`` learns after CLIP: what stands where."""
 
     heads: Count = 8
-    seed: int = 0
     steps: Annotated[int, Field(ge=0)] = 3500
     """0 leaves the text encoder as CLIP's."""
     warmup_steps: Count = 200
     batch_size: Count = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    compute: Precision = "auto"
+    learning_rate: Rate = 1e-3
 
 
 class FirstStage(Section):
@@ -66,3 +98,6 @@ class FirstStage(Section):
     vae: VaeTraining = VaeTraining()
     clip: ClipTraining = ClipTraining()
     layout: LayoutTraining = LayoutTraining()
+    log_every: Count = 50
+    checkpoint_every: Count = 200
+    """Steps, of each part."""

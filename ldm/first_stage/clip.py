@@ -12,10 +12,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from ldm.clip_score import embed_pictures, embed_texts
 from ldm.config import ClipTraining
 from ldm.device import autocast
+from ldm.first_stage.loop import Loop, Losses, Run, Trained
 from ldm.first_stage.rearranged import Rearranger, told_apart
 from ldm.first_stage.vae import Batches
-from ldm.progress import progress
-from ldm.schedule import cosine_with_warmup
 from ldm.text import tokenize
 
 
@@ -55,6 +54,7 @@ def train_clip(
     captions: Sequence[str],
     image_size: int,
     device: torch.device,
+    run: Run,
 ) -> CLIPModel:
     """Train with the symmetric contrastive loss (CLIP, arXiv:2103.00020, figure 3).
 
@@ -67,28 +67,22 @@ def train_clip(
     )
     tokens = tokenize(tokenizer, captions)
     rearranged = Rearranger(tokens)
-    rng = np.random.default_rng(config.seed)
-    bar = progress(range(config.steps), "clip", config.steps, "steps")
-    for step in bar:
-        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        chosen = rng.integers(len(captions), size=config.batch_size)
+    loop = Loop("clip", config, run, {"clip": Trained(clip, optimizer)})
+
+    def losses(_: int) -> Losses:
+        chosen = loop.rng.integers(len(captions), size=config.batch_size)
         with autocast(device, config.compute):
             seen = embed_pictures(clip, pictures(chosen), device)
-            wrong = rearranged.some_of_each(tokens[chosen], config.rearranged, rng)
+            wrong = rearranged.some_of_each(tokens[chosen], config.rearranged, loop.rng)
             texts = torch.cat([tokens[chosen], wrong])
             said = embed_texts(clip, texts, device)
         logits = clip.logit_scale.exp().clamp(max=100) * seen.float() @ said.float().T
         own = torch.arange(len(chosen), device=device)
         of_texts = F.cross_entropy(logits[:, : len(chosen)].T, own)
         loss = (F.cross_entropy(logits, own) + of_texts) / 2
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        yield loss, {"loss": loss}
+
+    loop.train(losses)
     return clip.eval()
 
 

@@ -11,6 +11,7 @@ depends on every word that places something. The reader is thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config import LayoutTraining
 from ldm.device import autocast
+from ldm.first_stage.loop import Loop, Losses, Run, Trained
 from ldm.first_stage.rearranged import told_apart
 from ldm.first_stage.vae import Batches
 from ldm.images import to_model
 from ldm.nn.attention import Attention
 from ldm.progress import progress
-from ldm.schedule import cosine_with_warmup
-from ldm.text import tokenize
+from ldm.text import lengths, tokenize
 
 POOL = 16
 """Batches that are cut from one draw, ordered by length: short captions need no padding."""
@@ -59,31 +60,29 @@ def train_layout(
     latents: torch.Tensor,
     captions: Sequence[str],
     device: torch.device,
+    run: Run,
 ) -> LayoutReader:
     """Train ``text_encoder`` in place on scaled latents (n, c, h, w); returns the reader."""
     torch.manual_seed(config.seed)
     width, heads = text_encoder.config.hidden_size, config.heads
     reader = LayoutReader(width, heads, latents.shape[1:]).to(device).train()
     text_encoder = text_encoder.to(device).requires_grad_(True).train()
-    parameters = [*text_encoder.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+    both = torch.nn.ModuleDict({"text_encoder": text_encoder, "reader": reader})
+    optimizer = torch.optim.AdamW(both.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
+    loop = Loop("layout", config, run, {"layout": Trained(both, optimizer)})
     tokens = tokenize(tokenizer, captions)
     batches = _batches_by_length(lengths(tokens), config.batch_size, config.seed)
-    bar = progress(range(config.steps), "layout", config.steps, "steps")
-    for step in bar:
-        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        chosen = next(batches)
+    # Cheap to draw: those of the steps done already are drawn again, and dropped.
+    left = islice(batches, loop.first, None)
+
+    def losses(_: int) -> Losses:
+        chosen = next(left)
         with autocast(device, config.compute):
             found = errors(text_encoder, reader, tokens[chosen], latents[chosen], device)
         loss = found.mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        yield loss, {"loss": loss}
+
+    loop.train(losses)
     text_encoder.eval().requires_grad_(False)
     return reader.eval().requires_grad_(False)
 
@@ -100,11 +99,6 @@ def errors(
     longest = int(lengths(tokens).max())
     states = text_encoder(tokens[:, :longest].to(device)).last_hidden_state
     return (reader(states).float() - latents.to(device)).square().mean(dim=(1, 2, 3))
-
-
-def lengths(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of each caption (n, tokens), start and end among them: int64 (n,)."""
-    return (tokens == tokens[:, -1:]).int().argmax(dim=1) + 1
 
 
 @torch.no_grad()

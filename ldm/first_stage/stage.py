@@ -1,43 +1,86 @@
 """``ldm first-stage``: VAE, tokenizer and CLIP from random weights, for a domain of one's own.
 
 The output is a folder in Stable Diffusion layout without a UNet, which ``pretrained.pipeline`` and
-``pretrained.clip`` may name: encode with it, then train with ``train.init: random``.
+``pretrained.clip`` may name: encode with it, then train with ``train.init: random``. Killed and
+started again with the same settings and images, it goes on from the newest whole checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPModel, CLIPTextModel
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ldm.artifacts import opening, write_json, writing
+from ldm.artifacts import digest_file, digest_json, opening, write_json, write_whole, writing
 from ldm.config import FirstStage
-from ldm.device import device_of
+from ldm.device import device_of, precision_of
 from ldm.errors import UserError
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
-from ldm.first_stage.layout import latents_of, layout_accuracy, train_layout
+from ldm.first_stage.layout import LayoutReader, latents_of, layout_accuracy, train_layout
+from ldm.first_stage.loop import LOG, Run
+from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
-from ldm.first_stage.vae import reconstruction_psnr, train_vae
-from ldm.images import decode_image
+from ldm.first_stage.vae import reconstruct, train_vae
+from ldm.images import decode_image, encode_png, psnr
+from ldm.locks import held
+from ldm.models import digest_weights
 from ldm.pipeline_folder import forget_origin
 from ldm.progress import say
 from ldm.shards import ShardReader
 
+PARTS = ("vae", "clip", "layout")
+DECIDING = ("clip_score", "device", "images", "nn/attention", "schedule", "text")
+"""Modules that decide what is trained, besides those of this package."""
 CANDIDATES = 100
 """Captions among which retrieval picks."""
+SHOWN = 8
+"""Held-out pictures whose reconstructions are shown."""
 
 
-def first_stage(config: FirstStage, images: Path, out: Path) -> None:
+class Split:
+    """A split of an images artifact: ``captions``, and pictures by their numbers."""
+
+    def __init__(self, images: Path, split: str, extension: str) -> None:
+        self._reader = ShardReader(images, split, frozenset({extension, "json"}))
+        self._extension, self._keys = extension, self._reader.keys
+        about = (json.loads(self._reader.read(key, "json")) for key in self._keys)
+        self.captions = [str(one["caption"]) for one in about]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def pictures(self, numbers: np.ndarray) -> np.ndarray:
+        """uint8 (n, height, width, 3)."""
+        files = (self._reader.read(self._keys[number], self._extension) for number in numbers)
+        return np.stack([decode_image(file) for file in files])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained. ``reader`` reads the text encoder's states, where layout was learned."""
+
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    clip: CLIPModel
+    text_encoder: CLIPTextModel
+    reader: LayoutReader | None
+
+
+def first_stage(config: FirstStage, images: Path, out: Path, runs: Path) -> None:
     """Train on the images artifact's training split, measure on its validation split.
 
-    Writes ``vae``, ``text_encoder``, ``tokenizer``, ``clip`` (both towers) and ``measured.json``
-    {vae_psnr_db, clip_retrieval, clip_order, text_order, seconds}.
+    Writes ``vae``, ``text_encoder``, ``tokenizer``, ``clip`` (both towers), ``log.jsonl``,
+    ``reconstructions.png`` (held-out pictures above what the VAE makes of them) and
+    ``measured.json`` {vae_psnr_db, clip_retrieval, clip_order, text_order}. Checkpoints go to a
+    folder of ``runs`` named by a digest of the settings, the images and the code that decides the
+    result. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and
+    UserError while another process writes the same.
     """
     pictures = opening(images, "images", "ingest")
     if "bucket_step" in pictures.config:
@@ -46,58 +89,80 @@ def first_stage(config: FirstStage, images: Path, out: Path) -> None:
             "ingest.bucket_step null into another folder"
         )
     device = device_of()
+    config = settled(config, device)
+    tower = None
+    inputs = {"images": pictures.digest}
+    if config.vae.perceptual:
+        tower = load_tower(config.vae.perceptual, config.vae.perceptual_revision).to(device)
+        inputs["perceptual"] = digest_weights(tower)
+    settings = settings_of_result(config)
+    name = digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
+    run = Run(runs / f"first-stage-{name}", config.checkpoint_every, config.log_every)
     extension = pictures.config["image_format"]
-    pixels_of, captions = _split(images, "train", extension)
-    held_out_of, held_out_captions = _split(images, "validation", extension)
-    held_out = held_out_of(np.arange(len(held_out_captions)))
-    side = held_out.shape[1]
-    with writing(
-        out,
-        "first-stage",
-        config=config.as_dict(),
-        inputs={"images": pictures.digest},
-        counts={"train": len(captions)},
-    ) as fresh:
-        started = time.monotonic()
-        vae = train_vae(config.vae, pixels_of, len(captions), side, device)
-        between = time.monotonic()
-        tokenizer = train_tokenizer(config.clip, captions)
-        clip = train_clip(config.clip, tokenizer, pixels_of, captions, side, device)
-        after_clip = time.monotonic()
-        measured: dict[str, Any] = {
-            "vae_psnr_db": round(reconstruction_psnr(vae, held_out, device), 2),
-            "clip_retrieval": _mean_retrieval(clip, tokenizer, held_out, held_out_captions, device),
-            "clip_order": order_accuracy(clip, tokenizer, held_out, held_out_captions, device),
-            "seconds": {
-                "vae": round(between - started),
-                "clip": round(after_clip - between),
-            },
-        }
-        text_encoder = text_encoder_of(clip)
-        if config.layout.steps:
-            latents = latents_of(vae, pixels_of, len(captions), device)
-            reader = train_layout(config.layout, text_encoder, tokenizer, latents, captions, device)
-            measured["text_order"] = layout_accuracy(
-                text_encoder,
-                reader,
-                tokenizer,
-                latents_of(vae, held_out_of, len(held_out_captions), device),
-                held_out_captions,
-                device,
-            )
-            measured["seconds"]["layout"] = round(time.monotonic() - after_clip)
-        # Half precision halves the folder and moves the PSNR by less than 0.01 dB.
-        vae.half().save_pretrained(fresh / "vae")
-        clip.half().save_pretrained(fresh / "clip")
-        tokenizer.save_pretrained(fresh / "clip")
-        tokenizer.save_pretrained(fresh / "tokenizer")
-        text_encoder.half().save_pretrained(fresh / "text_encoder")
-        forget_origin(fresh)
-        write_json(fresh / "measured.json", measured)
+    training, held_out = (Split(images, split, extension) for split in ("train", "validation"))
+    refusal = "another process trains it; wait for it, or stop it"
+    with (
+        held(out.with_name(f".{out.name}.lock"), f"{out}: {refusal}"),
+        held(run.folder / "lock", f"{run.folder}: {refusal}"),
+    ):
+        parts = _train(config, training, run, device, tower)
+        measured, sheet = _measure(parts, held_out, device)
+        counts = {"train": len(training)}
+        with writing(out, "first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
+            _save(parts, fresh)
+            write_json(fresh / "measured.json", measured)
+            write_whole(fresh / "reconstructions.png", encode_png(sheet))
+            write_whole(fresh / LOG, _logs(run))
     say(
         f"first-stage: VAE {measured['vae_psnr_db']} dB, CLIP finds "
         f"{measured['clip_retrieval']:.0%} among {CANDIDATES} -> {out}"
     )
+
+
+def settled(config: FirstStage, device: torch.device) -> FirstStage:
+    """The same settings with the precision that the device gives ``auto``."""
+    parts = {part: getattr(config, part) for part in PARTS}
+    return config.model_copy(
+        update={
+            part: one.model_copy(update={"compute": precision_of(one.compute, device)})
+            for part, one in parts.items()
+        }
+    )
+
+
+def settings_of_result(config: FirstStage) -> dict[str, Any]:
+    """The settings that decide the result; how often to save and log do not."""
+    how = {"log_every", "checkpoint_every"}
+    return {key: value for key, value in config.as_dict().items() if key not in how}
+
+
+def _code() -> list[str]:
+    """Digests of the files that decide what is trained."""
+    here = Path(__file__).parent
+    deciding = (here.parent / f"{name}.py" for name in DECIDING)
+    return [digest_file(file) for file in (*deciding, *sorted(here.glob("*.py")))]
+
+
+def _train(
+    config: FirstStage,
+    training: Split,
+    run: Run,
+    device: torch.device,
+    tower: CLIPVisionModel | None,
+) -> Parts:
+    """One part after another; those that were finished before come from their last checkpoint."""
+    captions = training.captions
+    side = training.pictures(np.arange(1)).shape[1]
+    vae = train_vae(config.vae, training.pictures, len(captions), side, device, run, tower)
+    tokenizer = train_tokenizer(config.clip, captions)
+    clip = train_clip(config.clip, tokenizer, training.pictures, captions, side, device, run)
+    text_encoder, reader = text_encoder_of(clip), None
+    if config.layout.steps:
+        latents = latents_of(vae, training.pictures, len(captions), device)
+        reader = train_layout(
+            config.layout, text_encoder, tokenizer, latents, captions, device, run
+        )
+    return Parts(vae, tokenizer, clip, text_encoder, reader)
 
 
 def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
@@ -107,23 +172,30 @@ def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
     return text_encoder.eval()
 
 
-def _split(
-    images: Path, split: str, extension: str
-) -> tuple[Callable[[np.ndarray], np.ndarray], list[str]]:
-    """A function from sample numbers to uint8 (n, h, w, 3), and the captions by number."""
-    reader = ShardReader(images, split, frozenset({extension, "json"}))
-    keys = reader.keys
-    captions = [str(json.loads(reader.read(key, "json"))["caption"]) for key in keys]
-
-    def pixels(numbers: np.ndarray) -> np.ndarray:
-        return np.stack([decode_image(reader.read(keys[number], extension)) for number in numbers])
-
-    return pixels, captions
+def _measure(
+    parts: Parts, held_out: Split, device: torch.device
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures on held-out pictures, and a sheet of some above their reconstructions."""
+    pixels, captions = held_out.pictures(np.arange(len(held_out))), held_out.captions
+    tokenizer, clip = parts.tokenizer, parts.clip
+    decoded = reconstruct(parts.vae, pixels, device)
+    measured = {
+        "vae_psnr_db": round(float(psnr(pixels, decoded).mean()), 2),
+        "clip_retrieval": _mean_retrieval(clip, tokenizer, pixels, captions, device),
+        "clip_order": order_accuracy(clip, tokenizer, pixels, captions, device),
+    }
+    if parts.reader is not None:
+        latents = latents_of(parts.vae, held_out.pictures, len(captions), device)
+        measured["text_order"] = layout_accuracy(
+            parts.text_encoder, parts.reader, tokenizer, latents, captions, device
+        )
+    rows = [np.concatenate(list(row[:SHOWN]), axis=1) for row in (pixels, decoded)]
+    return measured, np.concatenate(rows)
 
 
 def _mean_retrieval(
-    clip: torch.nn.Module,
-    tokenizer: object,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
     pixels: np.ndarray,
     captions: list[str],
     device: torch.device,
@@ -137,3 +209,19 @@ def _mean_retrieval(
         for group in whole
     ]
     return round(float(np.mean(rates)), 4)
+
+
+def _save(parts: Parts, folder: Path) -> None:
+    # Half precision halves the folder and moves the PSNR by less than 0.01 dB.
+    parts.vae.half().save_pretrained(folder / "vae")
+    parts.clip.half().save_pretrained(folder / "clip")
+    parts.tokenizer.save_pretrained(folder / "clip")
+    parts.tokenizer.save_pretrained(folder / "tokenizer")
+    parts.text_encoder.half().save_pretrained(folder / "text_encoder")
+    forget_origin(folder)
+
+
+def _logs(run: Run) -> bytes:
+    """The lines of all parts that were trained, in turn."""
+    logs = (run.folder / part / LOG for part in PARTS)
+    return b"".join(log.read_bytes() for log in logs if log.is_file())

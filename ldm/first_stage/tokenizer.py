@@ -42,7 +42,9 @@ def _word_merges(config: ClipTraining, captions: list[str]) -> list[Merge]:
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
         min_frequency=2,
-        initial_alphabet=_bytes(),
+        # Of pairs as frequent as each other, the trainer merges that of the lower numbers first. It
+        # would number bytes that end a word as it comes upon them, in no fixed order.
+        special_tokens=_symbols(),
         end_of_word_suffix=WORD_END,
         show_progress=False,
     )
@@ -61,12 +63,13 @@ def _ideograph_merges(captions: list[str]) -> Iterator[Merge]:
         yield symbols[:-1], symbols[-1] + WORD_END
 
 
-def _bytes() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+def _symbols() -> list[str]:
+    """Bytes, and bytes that end a word, in CLIP's order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*alphabet, *(byte + WORD_END for byte in alphabet)]
 
 
 def _vocabulary(merges: Iterable[Merge]) -> dict[str, int]:
-    """CLIP's order: bytes, bytes that end a word, merges by rank, start, end."""
-    tokens = [*_bytes(), *(byte + WORD_END for byte in _bytes())]
-    tokens += [first + second for first, second in merges]
-    return {token: number for number, token in enumerate(dict.fromkeys([*tokens, START, END]))}
+    """CLIP's order: symbols, merges by rank, start, end."""
+    tokens = [*_symbols(), *(first + second for first, second in merges), START, END]
+    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}

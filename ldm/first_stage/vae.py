@@ -7,12 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from transformers import CLIPVisionModel
 
 from ldm.config import VaeTraining
-from ldm.device import autocast
-from ldm.images import psnr, to_model, to_pixels
-from ldm.progress import progress
-from ldm.schedule import cosine_with_warmup
+from ldm.first_stage.discriminator import PatchDiscriminator
+from ldm.first_stage.loop import Loop, Losses, Run, Trained
+from ldm.first_stage.vae_loss import VaeLoss
+from ldm.images import to_model, to_pixels
 
 Batches = Callable[[np.ndarray], np.ndarray]
 """Sample numbers to uint8 pictures (n, height, width, 3)."""
@@ -34,41 +35,51 @@ def build_vae(config: VaeTraining, image_size: int) -> AutoencoderKL:
 
 
 def train_vae(
-    config: VaeTraining, pictures: Batches, count: int, image_size: int, device: torch.device
+    config: VaeTraining,
+    pictures: Batches,
+    count: int,
+    image_size: int,
+    device: torch.device,
+    run: Run,
+    tower: CLIPVisionModel | None = None,
 ) -> AutoencoderKL:
-    """Train on reconstruction plus a light pull towards N(0, 1).
+    """Train on :class:`VaeLoss`, with the features of ``tower`` where there is one.
 
-    The loss is the mean squared error over pixels in [-1, 1] plus ``kl_weight`` times the
-    Kullback-Leibler divergence in nats a pixel value (VAE, arXiv:1312.6114, eq. 10; latent
-    diffusion, arXiv:2112.10752, section G). The scaling factor that gives latents unit variance
-    is measured on 2,048 pictures at the end and stored in the model's configuration.
+    The scaling factor that gives latents unit variance is measured on 2,048 pictures at the end and
+    stored in the model's configuration.
     """
     torch.manual_seed(config.seed)
     vae = build_vae(config, image_size).to(device).train()
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
-    rng = np.random.default_rng(config.seed)
-    bar = progress(range(config.steps), "vae", config.steps, "steps")
-    for step in bar:
-        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-        images = to_model(pictures(rng.integers(count, size=config.batch_size))).to(device)
-        with autocast(device, config.compute):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample()).sample.float()
-        error = torch.nn.functional.mse_loss(decoded, images)
-        nats = posterior.kl().float().mean() / images[0].numel()
-        (error + config.kl_weight * nats).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            bar.set_postfix_str(f"{10 * np.log10(4 / error.item()):.1f} dB", refresh=False)
+    trained = {"vae": Trained(vae, optimizer)}
+    discriminator = None
+    if config.adversarial_from is not None:
+        discriminator = _discriminator(config).to(device).train()
+        # Betas as in latent diffusion's autoencoders.
+        adam = torch.optim.Adam(
+            discriminator.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
+        )
+        trained["discriminator"] = Trained(discriminator, adam)
+    loop = Loop("vae", config, run, trained)
+    loss = VaeLoss(config, vae, tower, discriminator)
+
+    def losses(step: int) -> Losses:
+        chosen = loop.rng.integers(count, size=config.batch_size)
+        return loss.of(to_model(pictures(chosen)).to(device), step)
+
+    loop.train(losses)
     vae.eval()
-    sample = pictures(rng.integers(count, size=min(count, 2048)))
+    sample = pictures(loop.rng.integers(count, size=min(count, 2048)))
     vae.register_to_config(scaling_factor=round(1 / latent_std(vae, sample, device), 4))
     return vae
+
+
+def _discriminator(config: VaeTraining) -> PatchDiscriminator:
+    """Untrained; what else is drawn stays as it would be without one."""
+    with torch.random.fork_rng(devices=[]):
+        return PatchDiscriminator(config.discriminator_widths)
 
 
 @torch.no_grad()
@@ -91,8 +102,3 @@ def reconstruct(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) ->
         for batch in np.split(pixels, range(64, len(pixels), 64))
     ]
     return np.concatenate(batches)
-
-
-def reconstruction_psnr(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> float:
-    """Mean PSNR in dB over pictures."""
-    return float(psnr(pixels, reconstruct(vae, pixels, device)).mean())

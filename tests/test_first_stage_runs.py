@@ -1,0 +1,235 @@
+"""``ldm first-stage`` as it is used: stopped, killed, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import ldm.first_stage.loop
+from ldm.artifacts import opening
+from ldm.checkpoint import newest
+from ldm.config import ClipTraining, FirstStage, LayoutTraining, VaeTraining
+from ldm.errors import UserError
+from ldm.first_stage.clip import train_clip
+from ldm.first_stage.layout import train_layout
+from ldm.first_stage.loop import Run
+from ldm.first_stage.stage import first_stage
+from ldm.first_stage.vae import train_vae
+from ldm.images import decode_image
+from ldm.scenes.lists import caption_of
+from ldm.schedule import cosine_with_warmup
+from tests.conftest import scenes
+from tests.launched import ROOT, wait_for
+
+CPU = torch.device("cpu")
+SHORT = {"steps": 10, "warmup_steps": 2, "batch_size": 4, "compute": "float32"}
+VAE = {
+    **SHORT, "widths": (8, 8, 8, 8), "norm_groups": 4, "kl_weight": 0.1,
+    "adversarial_from": 4, "discriminator_widths": (8, 16),
+}  # fmt: skip
+CLIP = {**SHORT, "width": 16, "layers": 1, "heads": 2, "patch_size": 16, "rearranged": 2}
+# The pool of 60 is seven batches: the last steps are of another.
+LAYOUT = {**SHORT, "heads": 2, "batch_size": 9}
+COUNT = 60
+CAPTIONS = [caption_of("retrain", "train", row) for row in range(COUNT)]
+
+
+def vae(run: Run, pipeline: Path) -> torch.nn.Module:
+    pictures = scenes("train", COUNT)
+    return train_vae(
+        VaeTraining.model_validate(VAE), lambda chosen: pictures[chosen], COUNT, 64, CPU, run
+    )
+
+
+def clip(run: Run, pipeline: Path) -> torch.nn.Module:
+    pictures = scenes("train", COUNT)
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    config = ClipTraining.model_validate(CLIP)
+    return train_clip(config, tokenizer, lambda chosen: pictures[chosen], CAPTIONS, 64, CPU, run)
+
+
+def layout(run: Run, pipeline: Path) -> torch.nn.Module:
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
+    latents = torch.randn(COUNT, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = LayoutTraining.model_validate(LAYOUT)
+    train_layout(config, text_encoder, tokenizer, latents, CAPTIONS, CPU, run)
+    return text_encoder
+
+
+PARTS = (vae, clip, layout)
+Part = Callable[[Run, Path], torch.nn.Module]
+
+
+class Killed(BaseException):
+    """Nothing of the program runs after it."""
+
+
+def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """A training that comes to that step, counted from 0, ends there."""
+
+    def rate(at: int, **schedule: int) -> float:
+        if at == step:
+            raise Killed
+        return cosine_with_warmup(at, **schedule)
+
+    patch.setattr(ldm.first_stage.loop, "cosine_with_warmup", rate)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_a_part_that_is_killed_in_its_steps_ends_in_the_same_state(
+    pipeline: Path, tmp_path: Path, part: Part
+) -> None:
+    whole, broken = (Run(tmp_path / name, checkpoint_every=3, log_every=1) for name in "ab")
+    results = [part(whole, pipeline)]
+    saved = []
+    for step in (2, 4, 5, 7, 9):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(step, patch)
+            with pytest.raises(Killed):
+                part(broken, pipeline)
+        found = newest(broken.folder / part.__name__)
+        saved.append(found.step if found else 0)
+    assert saved == [0, 3, 3, 6, 9]
+    results.append(part(broken, pipeline))
+    states = [result.state_dict() for result in results]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    folders = [run.folder / part.__name__ for run in (whole, broken)]
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in folders
+    ]
+    names = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+    wanted = {Path("log.jsonl"), *(Path(f"step-{n:08d}", one) for n in (9, 10) for one in names)}
+    assert files[0].keys() == wanted
+    assert files[0] == files[1]
+
+
+def test_what_is_finished_is_not_trained_again(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, checkpoint_every=3, log_every=1)
+    once = vae(run, pipeline)
+    monkeypatch.delattr(ldm.first_stage.loop, "cosine_with_warmup")
+    again = vae(run, pipeline)
+    assert again.config.scaling_factor == once.config.scaling_factor
+    assert all(
+        torch.equal(again.state_dict()[name], one) for name, one in once.state_dict().items()
+    )
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_before_it_does_harm(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    latents = torch.zeros(COUNT, 4, 8, 8)
+    latents[7] = torch.nan
+    config = LayoutTraining.model_validate({**LAYOUT, "batch_size": COUNT // 5})
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
+    run = Run(tmp_path, checkpoint_every=1, log_every=1)
+    with pytest.raises(UserError, match=r"layout: the gradient of step [1-5] is not finite; lower"):
+        train_layout(config, text_encoder, tokenizer, latents, CAPTIONS, CPU, run)
+    found = newest(tmp_path / "layout")
+    assert all(one.isfinite().all() for one in text_encoder.state_dict().values())
+    assert found is None or all(one.isfinite().all() for one in found.weights.values())
+
+
+def settings(pipeline: Path, steps: int = 10) -> dict[str, object]:
+    every = {"log_every": 1, "checkpoint_every": 4}
+    parts = {"vae": {**VAE, "perceptual": str(pipeline / "clip")}, "clip": CLIP, "layout": LAYOUT}
+    return {**{name: {**part, "steps": steps} for name, part in parts.items()}, **every}
+
+
+def test_the_stage_writes_parts_figures_and_a_sheet(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    out, runs = tmp_path / "first-stage", tmp_path / "runs"
+    config = FirstStage.model_validate(settings(pipeline))
+    first_stage(config, images, out, runs)
+    made = opening(out, "first-stage", "first-stage")
+    assert made.counts == {"train": 48} and set(made.inputs) == {"images", "perceptual"}
+    assert {"log_every", "checkpoint_every"}.isdisjoint(made.config)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [*range(1, 11)] * 3
+    assert {line["part"] for line in log} == {"vae", "clip", "layout"}
+    alone = {"part", "step", "lr", "loss", "psnr_db", "kl", "perceptual"}
+    assert set(log[3]) == alone
+    assert set(log[4]) == alone | {"adversarial", "adaptive_weight", "discriminator"}
+    assert set(log[10]) == set(log[20]) == {"part", "step", "lr", "loss"}
+    sheet = decode_image((out / "reconstructions.png").read_bytes())
+    assert sheet.shape == (128, 8 * 64, 3)
+    assert np.array_equal(sheet[:64], np.concatenate(list(scenes("validation", 8)), axis=1))
+    assert not np.array_equal(sheet[64:], sheet[:64])
+    measured = json.loads((out / "measured.json").read_text())
+    assert set(measured) == {"vae_psnr_db", "clip_retrieval", "clip_order", "text_order"}
+    first_stage(config.model_copy(update={"checkpoint_every": 7}), images, out, runs)
+    assert opening(out, "first-stage", "first-stage").files == made.files
+    assert len(list(runs.iterdir())) == 1
+
+
+def launch(pipeline: Path, images: Path, folder: Path, steps: int) -> Popen[bytes]:
+    """``ldm first-stage`` in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "ldm.cli",
+        "first-stage",
+        "--params",
+        str(ROOT / "params.yaml"),
+    ]
+    command += ["--images", str(images), "--out", str(folder / "out")]
+    command += ["--runs", str(folder / "runs")]
+    for key, value in settings(pipeline, steps).items():
+        command += ["--set", f"first_stage.{key}={json.dumps(value)}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=PIPE)
+
+
+def steps_done(folder: Path) -> int:
+    return sum(log.read_text().count("\n") for log in folder.glob("runs/*/*/log.jsonl"))
+
+
+def ended(process: Popen[bytes]) -> tuple[int, str]:
+    """The exit code as a shell sees it, and the last line on stderr."""
+    _, said = process.communicate()
+    code = process.returncode
+    return code if code >= 0 else 128 - code, said.decode().strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    steps = 40
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ended(launch(pipeline, images, whole, steps))[0] == 0
+    rng = random.Random(0)
+    ways = {signal.SIGKILL: 137, signal.SIGTERM: 143, signal.SIGINT: 130}
+    for number, way in enumerate([*ways, signal.SIGKILL, signal.SIGKILL]):
+        process = launch(pipeline, images, broken, steps)
+        wanted = 3 * steps * (number + 1) // 7 + rng.randrange(10)
+        wait_for(lambda wanted=wanted: steps_done(broken) >= wanted, process)
+        time.sleep(rng.uniform(0, 0.1))
+        if number == 1:
+            process.send_signal(signal.SIGSTOP)
+            code, said = ended(launch(pipeline, images, broken, steps))
+            assert code == 1 and "another process trains it" in said
+            process.send_signal(signal.SIGCONT)
+        process.send_signal(way)
+        assert ended(process)[0] == ways[way]
+        assert not (broken / "out").exists()
+    assert ended(launch(pipeline, images, broken, steps))[0] == 0
+    made, again = (opening(one / "out", "first-stage", "first-stage") for one in (whole, broken))
+    assert made.files == again.files
