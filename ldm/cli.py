@@ -154,10 +154,15 @@ def _first_stage(options: argparse.Namespace) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from ldm.encode import encode
+    from ldm.launch import launch_encoding, processes_of
 
-    params = _params(options)
-    encode(params.encode, params.pretrained, options.images, options.out, options.runs)
+    params, paths = _params(options), (options.images, options.out, options.runs)
+    if processes_of(params.encode.accelerate) > 1:
+        launch_encoding(params, *paths)
+    else:
+        from ldm.encode import encode
+
+        encode(params.encode, params.pretrained, *paths)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,18 +42,33 @@ class ShardWriter:
         if self.samples % self.samples_per_shard == 0:
             self._close()
             name = f"{self.prefix}-{self.samples // self.samples_per_shard:05d}.tar"
-            self._tar = tarfile.TarFile(self.folder / name, "w", format=tarfile.USTAR_FORMAT)
+            self._tar = _new_tar(self.folder / name)
         assert self._tar is not None
-        for extension in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mtime, info.mode = len(members[extension]), 0, 0o644
-            self._tar.addfile(info, io.BytesIO(members[extension]))
+        _append(self._tar, key, members)
         self.samples += 1
 
     def _close(self) -> None:
         if self._tar is not None:
             self._tar.close()
             self._tar = None
+
+
+@contextmanager
+def writing_shard(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
+    """Yield what appends one sample, as :meth:`ShardWriter.write` does, to a shard of this name."""
+    with _new_tar(path) as tar:
+        yield lambda key, members: _append(tar, key, members)
+
+
+def _new_tar(path: Path) -> tarfile.TarFile:
+    return tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)
+
+
+def _append(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    for extension in sorted(members):
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mtime, info.mode = len(members[extension]), 0, 0o644
+        tar.addfile(info, io.BytesIO(members[extension]))
 
 
 @dataclass(frozen=True)
@@ -65,14 +81,16 @@ class Span:
 
 
 class ShardReader:
-    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key.
+    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key, or of ``only`` one.
 
     Raises :class:`UserError` naming the shard when a tar is damaged, a member's extension is not
     in ``extensions``, its name has a path, or a sample is not whole or not unique.
     """
 
-    def __init__(self, folder: Path, prefix: str, extensions: frozenset[str]) -> None:
-        self.paths = sorted(folder.glob(f"{prefix}-*.tar"))
+    def __init__(
+        self, folder: Path, prefix: str, extensions: frozenset[str], only: str | None = None
+    ) -> None:
+        self.paths = [folder / only] if only else sorted(folder.glob(f"{prefix}-*.tar"))
         self._members: dict[str, dict[str, Span]] = {}
         for shard, path in enumerate(self.paths):
             self._scan(shard, path, extensions)
@@ -115,6 +133,11 @@ class ShardReader:
         if len(content) != span.size:
             raise UserError(f"{self.paths[span.shard]}: was cut short; make the shards again")
         return content
+
+    def close(self) -> None:
+        """Let go of the files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
