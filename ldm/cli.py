@@ -157,7 +157,8 @@ def _encode(options: argparse.Namespace) -> None:
     from ldm.launch import launch_encoding, processes_of
 
     params, paths = _params(options), (options.images, options.out, options.runs)
-    if processes_of(params.encode.accelerate) > 1:
+    configuration = params.encode.accelerate
+    if configuration and processes_of(configuration) > 1:
         launch_encoding(params, *paths)
     else:
         from ldm.encode import encode

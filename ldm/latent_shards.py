@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from transformers import CLIPTokenizer
 
-from ldm.latents import ABOUT, IDS, MOMENTS, STATES, TEXTS, text_key, to_npy
+from ldm.latents import ABOUT, IDS, MOMENTS, STATES, text_key, to_npy
 from ldm.shards import ShardReader, writing_shard
 from ldm.text import tokenize
+
+TOKENIZED = 256
+"""Captions at a time."""
 
 Read = Callable[[str], np.ndarray]
 """The result of a fingerprint."""
@@ -96,29 +98,20 @@ class TextShard:
 
     def __init__(self, captions: Sequence[str], tokenizer: CLIPTokenizer, path: Path) -> None:
         self.captions, self.tokenizer, self.path = captions, tokenizer, path
-
-    @classmethod
-    def numbered(
-        cls, number: int, captions: Captions, tokenizer: CLIPTokenizer, out: Path
-    ) -> TextShard:
-        """One of the shards that the captions are spread over."""
-        return cls(captions.of(number), tokenizer, out / f"{TEXTS}-{number:05d}.tar")
+        self._ids: list[np.ndarray] = []
 
     def items(self) -> Iterator[tuple[str, bytes]]:
         """The captions' int64 token ids."""
-        for caption, ids in self._tokenized():
-            yield f"caption {caption!r}", ids.tobytes()
+        for start in range(0, len(self.captions), TOKENIZED):
+            some = self.captions[start : start + TOKENIZED]
+            for caption, ids in zip(some, tokenize(self.tokenizer, some).numpy(), strict=True):
+                self._ids.append(ids)
+                yield f"caption {caption!r}", ids.tobytes()
 
     def write(self, fingerprints: Sequence[str], read: Read) -> None:
         """Write states and token ids, if there are captions."""
         if not self.captions:
             return
         with writing_shard(self.path) as write:
-            for (caption, ids), fingerprint in zip(self._tokenized(), fingerprints, strict=True):
-                write(text_key(caption), {STATES: to_npy(read(fingerprint)), IDS: to_npy(ids)})
-
-    def _tokenized(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Each caption with its token ids (tokens,), a few at a time."""
-        captions = iter(self.captions)
-        while some := list(islice(captions, 256)):
-            yield from zip(some, tokenize(self.tokenizer, some).numpy(), strict=True)
+            for caption, ids, one in zip(self.captions, self._ids, fingerprints, strict=True):
+                write(text_key(caption), {STATES: to_npy(read(one)), IDS: to_npy(ids)})

@@ -37,6 +37,7 @@ def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None
 
     The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
     """
+    assert params.encode.accelerate is not None
     pretrained = params.pretrained.as_dict()
     pretrained["pipeline"] = _fixed(params.pretrained.pipeline)
     request = {"encode": params.encode.as_dict(), "pretrained": pretrained, "images": str(images)}
@@ -53,7 +54,7 @@ def processes_of(configuration: str) -> int:
 
 def _read(configuration: str) -> dict[str, Any]:
     if not Path(configuration).is_file():
-        raise UserError(f"{configuration}: no such accelerate configuration; mend `accelerate`")
+        raise UserError(f"{configuration}: no such accelerate configuration; see `accelerate`")
     return dict(yaml.safe_load(Path(configuration).read_text()))
 
 

@@ -163,8 +163,9 @@ def test_each_unit_goes_to_one_process(processes: int) -> None:
         sharing.meet("the middle")
         return own, list(sharing.each("second", units)), sharing.count("done")
 
+    crew = several(processes)
     with ThreadPoolExecutor(processes) as pool:
-        done = list(pool.map(work, several(processes)))
+        done = list(pool.map(work, crew))
     for phase in range(2):
         assert sorted(unit for result in done for unit in result[phase]) == sorted(units)
     # Nobody is past the middle before all were there.

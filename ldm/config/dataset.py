@@ -126,5 +126,6 @@ class Encode(Section):
     text_shards: Count = 16
     """Captions are spread over so many shards by their hash; another caption changes one of them.
     (Pictures have a shard for each of ingest's.)"""
-    accelerate: str = "infra/accelerate/cpu.yaml"
-    """Configuration for ``accelerate launch``; its processes share the work."""
+    accelerate: str | None = None
+    """Configuration for ``accelerate launch``, whose processes share the work; null: one process,
+    without a launcher."""
