@@ -58,7 +58,7 @@ class Encoded:
         self._unused: dict[bytes, int] = {}  # Numbers of pieces. There may be millions of each:
         self._used: dict[bytes, int] = {}  # a fingerprint is in one of these, and is bytes.
         self._unwritten: dict[str, np.ndarray] = {}
-        self._opened = lru_cache(maxsize=8)(_open)
+        self._opened = lru_cache(maxsize=2)(_open)  # Mapped; what is read of them is resident.
         self._index_new_pieces()
 
     def _index_new_pieces(self) -> None:
