@@ -74,10 +74,11 @@ def ingest_speed() -> None:
             "retries": settings.retries,
         }
         code = f"import img2dataset; img2dataset.download(**{stock!r})"
+        theirs, ours = [sys.executable, "-c", code], ldm("ingest", data=lists)
         compare(
             f"ingest, {rows} pictures of {side} pixels from loopback: pictures a second",
-            ("img2dataset", lambda: run_aside([sys.executable, "-c", code])),
-            ("ldm ingest", lambda: run_aside(ldm("ingest", data=lists))),
+            ("img2dataset", lambda: run_aside(theirs, made_by_img2dataset, rows)),
+            ("ldm ingest", lambda: run_aside(ours, made_by_ldm, rows)),
             rows,
             ROUNDS,
         )
@@ -100,10 +101,20 @@ def ldm(stage: str, **paths: Path) -> list[str]:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-def run_aside(command: list[str]) -> None:
-    """Run it quietly in a new folder."""
+def run_aside(command: list[str], made: Callable[[Path], int], samples: int) -> None:
+    """Run it quietly in a new folder, where it must have made so many samples."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+        assert made(Path(folder)) == samples
+
+
+def made_by_img2dataset(folder: Path) -> int:
+    tables = folder.glob("out/*_stats.json")
+    return sum(json.loads(table.read_text())["successes"] for table in tables)
+
+
+def made_by_ldm(folder: Path) -> int:
+    return json.loads((folder / "artifacts/images/manifest.json").read_text())["counts"]["train"]
 
 
 def encode_speed() -> None:

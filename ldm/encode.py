@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -206,6 +207,7 @@ def write_shards(
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.encode``; the launcher's request is JSON."""
     ask_when_orphaned()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
     request = json.loads(os.environ["LDM_REQUEST"])
     try:
         encode(

@@ -18,7 +18,7 @@ import yaml
 
 from ldm.config import Params
 from ldm.errors import UserError
-from ldm.termination import taken_over
+from ldm.termination import LAUNCHER, taken_over
 
 
 def launch_training(params: Params, latents: Path, out: Path, runs: Path) -> None:
@@ -73,7 +73,7 @@ def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
     Raises :class:`SystemExit` with the exit code of the process that failed first. It has said why,
     or is said to have been killed. SIGTERM and Ctrl-C go on to the processes.
     """
-    os.environ["LDM_REQUEST"] = json.dumps(request)
+    os.environ |= {"LDM_REQUEST": json.dumps(request), LAUNCHER: str(os.getpid())}
     settings, processes = _read(configuration), processes_of(configuration)
     # Left to itself, accelerate gives a lone CPU process one thread.
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
