@@ -3,9 +3,12 @@
 import sys
 from importlib import import_module
 
-NAMES = ("trainer", "network", "generation")
+from ldm.quiet import quieten
 
-for name in sys.argv[1:] or NAMES:
+NAMES = ("trainer", "network", "generation", "data")
+
+quieten()
+for name in [one for one in sys.argv[1:] if one != "--small"] or NAMES:
     if name not in NAMES:
         sys.exit(f"bench: no comparison {name!r}; there are {', '.join(NAMES)}")
     import_module(f"bench.{name}").main()

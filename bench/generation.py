@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from bench.compare import compare
+from bench.peak import peak
 from ldm.cli import DATA, FAST
 from ldm.config import Sampling
 from ldm.device import device_of
@@ -97,21 +96,6 @@ def memory() -> None:
             command = [sys.executable, "-m", "ldm.cli", "generate", "--model", "tiny", "--steps"]
             command += ["1", "--guidance", "1", "--prompts", str(prompts), "--rows-per-shard"]
             command += ["1000", "--out", str(Path(folder) / "out")]
-            measured = [sys.executable, "-m", "bench.generation", "measure", *command]
-            done = subprocess.run(measured, capture_output=True, text=True, check=True)
-            peaks.append(int(done.stdout.splitlines()[-1]))
-            print(f"peak memory of {count:6} prompts: {peaks[-1] / 1024:8.1f} MiB")
+            peaks.append(peak(command))
+            print(f"peak memory of {count:6} prompts: {peaks[-1]:8.1f} MiB")
     print(f"ratio {peaks[1] / peaks[0]:.3f}")
-
-
-def measure(command: list[str]) -> None:
-    """Run a command; print the peak of its resident memory in KiB."""
-    subprocess.run(command, check=True)
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure"]:
-        measure(sys.argv[2:])
-    else:
-        main()

@@ -7,8 +7,9 @@ full, if need be filled up with copies, and of several computed at a time each h
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -25,8 +26,9 @@ def in_full_batches(
     at_a_time: int,
     shape: Callable[[Item], Hashable] = lambda _: None,
 ) -> Iterator[np.ndarray]:
-    """Each item's result by ``run``, in order; ``at_a_time`` batches of ``size`` are held.
+    """Each item's result by ``run``, in order; twice ``at_a_time`` batches of ``size`` are held.
 
+    Half of these are computed while what is made of the others' results is dealt with.
     ``run`` turns ``size`` items into an array (size, ...). A lone batch has all threads of torch.
     Where the items' ``shape`` changes, a new batch begins; by default all have the same.
     """
@@ -39,9 +41,13 @@ def in_full_batches(
     pool = ThreadPoolExecutor(at_a_time, "batch", torch.set_num_threads, (threads_each,))
     try:
         with pool:
-            for group in parts(items, at_a_time * size):
-                for results in pool.map(full, alike(group, size, shape)):
-                    yield from results
+            running: deque[Future[np.ndarray]] = deque()
+            for batch in alike(items, size, shape):
+                running.append(pool.submit(full, batch))
+                if len(running) == 2 * at_a_time:
+                    yield from running.popleft().result()
+            for last in running:
+                yield from last.result()
     finally:
         torch.set_num_threads(threads)  # What a worker sets is in part the whole process's.
 

@@ -192,15 +192,21 @@ def _first_stage(options: argparse.Namespace) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from ldm.encode import encode
+    from ldm.launch import launch_encoding, processes_of
     from ldm.remote import publishing, reading
 
     params = _params(options)
+    configuration = params.encode.accelerate
     with (
         publishing(options.out, "latents", options.runs) as out,
         reading(options.images, options.runs) as images,
     ):
-        encode(params.encode, params.pretrained, images, out, options.runs)
+        if configuration and processes_of(configuration) > 1:
+            launch_encoding(params, images, out, options.runs)
+        else:
+            from ldm.encode import encode
+
+            encode(params.encode, params.pretrained, images, out, options.runs)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -3,142 +3,199 @@
 The cache holds the posterior's mean and log-variance unscaled, so that each epoch can draw its own
 sample; text states are stored once a distinct caption, the empty one (for dropout) among them.
 What an earlier run made of the same item with the same encoder is taken over; the output is, byte
-for byte, what it would be without.
+for byte, what it would be without, and whatever number of processes share the work.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import CLIPTokenizer
 
 from ldm.artifacts import Manifest, opening, writing
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of
-from ldm.encoded import Encoded
+from ldm.encoded import Encoded, mended
 from ldm.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
-from ldm.latents import ABOUT, IDS, MOMENTS, STATES, TEXTS, text_key, to_npy
+from ldm.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.locks import held
-from ldm.models import digests, load_encoders, locate
+from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
-from ldm.shards import ShardReader, ShardWriter
-from ldm.text import tokenize
+from ldm.shards import ShardReader
+from ldm.sharing import Sharing
+from ldm.termination import ask_when_orphaned
 
 SPLITS = ("train", "validation")
-ENCODED, LOCK = "encoded", "lock"
+PICTURES, TEXTS = "pictures", "texts"
+ENCODED, LOCK, CAPTIONS = "encoded", "lock", "captions"
 
 
-def encode(config: Encode, pretrained: Pretrained, images: Path, out: Path, runs: Path) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What the main process tells the others."""
+
+    images: str
+    extension: str
+    shards: list[str]
+    """Names of the shards of pictures."""
+    samples: int
+    """In all of them."""
+    out: str
+    """The folder to write to, with one for captions."""
+
+
+def encode(
+    config: Encode,
+    pretrained: Pretrained,
+    images: Path,
+    out: Path,
+    runs: Path,
+    sharing: Sharing | None = None,
+) -> None:
     """Encode the images artifact into a latents artifact (see :mod:`ldm.latents`).
 
     ``runs/encoded`` keeps what was encoded, for the next run, or for this one if it is killed.
-    UserError while another process encodes into ``out``, or with these ``runs``.
+    Processes that are ``sharing`` the work all call this. UserError while another encoding goes
+    into ``out``, or uses these ``runs``.
     """
+    sharing, store = sharing or Sharing.alone(), runs / ENCODED
+    if not sharing.is_main:
+        job = Job(**json.loads(sharing.hear("job")))
+        encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
+        Part(config, encoders, Encoded(store, sharing.rank), sharing).do(job)
+        return
     pictures = opening(images, "images", "ingest")
-    store = runs / ENCODED
     with (
         held(out.with_name(f".{out.name}.lock"), f"{out}: another process encodes it; wait for it"),
         held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
     ):
-        _encode(config, pretrained, pictures, out, Encoded(store))
+        encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
+        _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, out)
 
 
-def _encode(
-    config: Encode, pretrained: Pretrained, images: Manifest, out: Path, known: Encoded
-) -> None:
-    encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
+def _lead(part: Part, images: Manifest, out: Path) -> None:
+    """The main process's own: say what there is to do, and make an artifact of what all did."""
+    config, vae, sharing = part.config, part.encoders.vae.config, part.sharing
     settings = {
         "compute": config.compute,
         "storage": config.storage,
-        "scaling_factor": encoders.vae.config.scaling_factor,
-        "shift_factor": encoders.vae.config.shift_factor or 0.0,
+        "scaling_factor": vae.scaling_factor,
+        "shift_factor": vae.shift_factor or 0.0,
     }
     if "bucket_step" in images.config:
         settings["image_size"] = images.config["image_size"]
-    inputs = {"images": images.digest, **digests(encoders)}
-    device = device_of()
-    of_picture = picture_encoder(encoders.vae, config, device)
-    of_text = text_encoder(encoders.text_encoder, config, device)
-    extension = images.config["image_format"]
+    inputs = {"images": images.digest, **digests(part.encoders)}
+    extension, samples = images.config["image_format"], sum(images.counts.values())
+    shards = sorted(name for name in images.files if name.endswith(".tar"))
     counts: dict[str, int] = {}
     with writing(out, "latents", config=settings, inputs=inputs, counts=counts) as fresh:
-        captions = {""}
-        for split in SPLITS:
-            reader = ShardReader(images.path, split, frozenset({extension, "json"}))
-            counts[split] = len(reader)
-            with ShardWriter(fresh, split, config.samples_per_shard) as shards:
-                captions |= _encode_pictures(of_picture, known, reader, extension, shards)
-        counts["texts"], new_pictures = len(captions), known.added
-        with ShardWriter(fresh, TEXTS, config.samples_per_shard) as shards:
-            _encode_texts(of_text, known, encoders.tokenizer, sorted(captions), shards)
-    known.forget_unused()
+        captions = fresh / CAPTIONS
+        captions.mkdir()
+        job = Job(str(images.path), extension, shards, samples, str(fresh))
+        sharing.tell("job", json.dumps(asdict(job)))
+        part.do(job)
+        shutil.rmtree(captions)
+        counts |= {name: sharing.count(name) for name in (*SPLITS, TEXTS)}
+    part.known.forget_unused()
+    new_pictures, new_texts = (sharing.count(f"new {what}") for what in (PICTURES, TEXTS))
     say(
         f"encode: {counts['train']} training and {counts['validation']} validation pictures "
-        f"({new_pictures} encoded, the rest reused), {counts['texts']} distinct captions "
-        f"({known.added - new_pictures} encoded, the rest reused) -> {out}"
+        f"({new_pictures} encoded, the rest reused), {counts[TEXTS]} distinct captions "
+        f"({new_texts} encoded, the rest reused) -> {out}"
     )
 
 
-def _encode_pictures(
-    encoder: Encoder, known: Encoded, reader: ShardReader, extension: str, shards: ShardWriter
-) -> set[str]:
-    """Write a split's samples; their captions."""
-    bar = progress(reader, f"encode {shards.prefix}", len(reader), "pictures")
-    pictures = ((f"{shards.prefix} sample {key}", reader.read(key, extension)) for key in bar)
-    fingerprints = _encode_unknown(encoder, known, pictures)
-    captions = set()
-    for key, fingerprint in zip(reader, fingerprints, strict=True):
-        caption = json.loads(reader.read(key, "json"))["caption"]
-        captions.add(caption)
-        about = json.dumps({"caption": caption, "text": text_key(caption)}, ensure_ascii=False)
-        members = {MOMENTS: to_npy(known.read(fingerprint)), ABOUT: about.encode()}
-        shards.write(key, members)
-    return captions
+class Part:
+    """One process's part of the work."""
+
+    def __init__(
+        self, config: Encode, encoders: Encoders, known: Encoded, sharing: Sharing
+    ) -> None:
+        self.config, self.encoders, self.known, self.sharing = config, encoders, known, sharing
+        device = sharing.device(device_of())
+        self._of_picture = picture_encoder(encoders.vae, config, device)
+        self._of_text = text_encoder(encoders.text_encoder, config, device)
+
+    def do(self, job: Job) -> None:
+        """Write the shards that no other process writes; all are there when this returns."""
+        captions = Captions(Path(job.out) / CAPTIONS, self.config.text_shards, self.sharing.rank)
+        if self.sharing.is_main:
+            captions.add([""])
+        self._write(PICTURES, self._of_picture, self._picture_shards(job, captions), job.samples)
+        self._write(TEXTS, self._of_text, self._text_shards(job, captions), None)
+
+    def _picture_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
+        for name in self.sharing.each(PICTURES, job.shards):
+            split = name.partition("-")[0]
+            members = frozenset({job.extension, "json"})
+            reader = ShardReader(Path(job.images), split, members, only=name)
+            self.sharing.add(split, len(reader))
+            yield PictureShard(reader, job.extension, Path(job.out) / name, captions)
+
+    def _text_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
+        for number in self.sharing.each(TEXTS, range(captions.shards)):
+            own = captions.of(number)
+            self.sharing.add(TEXTS, len(own))
+            path = Path(job.out) / f"{TEXTS}-{number:05d}.tar"
+            yield TextShard(own, self.encoders.tokenizer, path)
+
+    def _write(
+        self, what: str, encoder: Encoder, shards: Iterable[Shard], total: int | None
+    ) -> None:
+        """Encode and write the shards of one kind; return when all processes did."""
+        sharing, known, before = self.sharing, self.known, self.known.added
+        bar = progress((), f"encode {what}", total, what, shown=sharing.is_main)
+
+        def advance(items: int = 1) -> None:
+            bar.update(sharing.add(f"{what} read", items) - bar.n)
+
+        with bar:
+            write_shards(shards, encoder, known, advance)
+            known.leave_used()
+            sharing.add(f"new {what}", known.added - before)
+            sharing.meet(f"end of {what}")
+            advance(0)
 
 
-def _encode_texts(
-    encoder: Encoder,
-    known: Encoded,
-    tokenizer: CLIPTokenizer,
-    captions: Sequence[str],
-    shards: ShardWriter,
+def write_shards(
+    shards: Iterable[Shard], encoder: Encoder, known: Encoded, advance: Callable[[], None]
 ) -> None:
-    bar = progress(captions, "encode captions", len(captions), "captions")
-    texts = ((f"caption {caption!r}", ids.tobytes()) for caption, ids in _tokenized(tokenizer, bar))
-    fingerprints = iter(_encode_unknown(encoder, known, texts))
-    for caption, ids in _tokenized(tokenizer, captions):
-        members = {STATES: to_npy(known.read(next(fingerprints))), IDS: to_npy(ids)}
-        shards.write(text_key(caption), members)
+    """Write each shard as soon as all its items' results are known; ``advance`` at every item.
 
-
-def _tokenized(
-    tokenizer: CLIPTokenizer, captions: Iterable[str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Each caption with its int64 token ids (tokens,), a few at a time."""
-    captions = iter(captions)
-    while some := list(islice(captions, 256)):
-        yield from zip(some, tokenize(tokenizer, some).numpy(), strict=True)
-
-
-def _encode_unknown(
-    encoder: Encoder, known: Encoded, items: Iterable[tuple[str, bytes]]
-) -> list[str]:
-    """See to it that the results of all (name, item) are known; their fingerprints, in order."""
-    fingerprints: list[str] = []
-    waiting: dict[str, str] = {}
+    What is not known is encoded in batches that reach from one shard into the next. Raises
+    :class:`UserError` when a result is not finite.
+    """
+    waiting: dict[str, str] = {}  # Names of the items that are being encoded, in order.
+    read: deque[tuple[Shard, list[str], str]] = deque()  # With the last of those to wait for.
 
     def unknown() -> Iterator[bytes]:
-        for name, item in items:
-            fingerprint = encoder.fingerprint(item)
-            fingerprints.append(fingerprint)
-            if fingerprint not in known and fingerprint not in waiting:
-                waiting[fingerprint] = name
-                yield item
+        last = ""
+        for shard in shards:
+            fingerprints = []
+            for name, item in shard.items():
+                fingerprint = encoder.fingerprint(item)
+                fingerprints.append(fingerprint)
+                advance()
+                if fingerprint not in known and fingerprint not in waiting:
+                    waiting[fingerprint] = name
+                    last = fingerprint
+                    yield item
+            read.append((shard, fingerprints, last))
+            write_known()
+
+    def write_known() -> None:
+        while read and read[0][2] not in waiting:
+            shard, fingerprints, _ = read.popleft()
+            shard.write(fingerprints, known.read)
 
     for values in encoder.results(unknown()):
         fingerprint = next(iter(waiting))
@@ -146,5 +203,26 @@ def _encode_unknown(
         if not np.isfinite(values).all():
             raise UserError(f"{name}: what it is encoded to is not finite")
         known.add(fingerprint, values)
-    known.flush()
-    return fingerprints
+        write_known()
+
+
+def main() -> None:
+    """Entry of ``accelerate launch -m ldm.encode``; the launcher's request is JSON."""
+    ask_when_orphaned()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
+    request = json.loads(os.environ["LDM_REQUEST"])
+    try:
+        encode(
+            Encode.model_validate(request["encode"]),
+            Pretrained.model_validate(request["pretrained"]),
+            Path(request["images"]),
+            Path(request["out"]),
+            Path(request["runs"]),
+            Sharing.launched(),
+        )
+    except UserError as error:
+        sys.exit(f"ldm encode: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,25 @@
-"""Starting the trainer under ``accelerate launch``."""
+"""Starting stages under ``accelerate launch``."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CalledProcessError
 from types import FrameType
+from typing import Any
 
 import psutil
 import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ldm.config import Params, Registry
 from ldm.errors import UserError
 from ldm.progress import say
-from ldm.termination import taken_over
+from ldm.termination import LAUNCHER, taken_over
 
 
 def launch_training(
@@ -29,21 +31,12 @@ def launch_training(
     resume: Path | None = None,
     changed: bool = False,
 ) -> None:
-    """Run ``ldm.train`` with the accelerate configuration that the settings name.
+    """Run ``ldm.train`` with the accelerate configuration that the settings name; see `_launch`.
 
-    The version behind an alias in ``train.init`` is fixed here, and kept with the model. Raises
-    :class:`SystemExit` with the trainer's own exit code when it fails; it has said why. SIGTERM and
-    Ctrl-C go on to the trainer, which saves and leaves.
+    The version behind an alias in ``train.init`` is fixed here, and kept with the model.
     """
-    config = Path(params.train.accelerate)
-    if not config.is_file():
-        raise UserError(f"{config}: no such accelerate configuration; see train.accelerate")
-    processes = max(1, int(yaml.safe_load(config.read_text()).get("num_processes", 1)))
     train = params.train.as_dict()
-    if params.train.init.startswith("models:/"):
-        from ldm.registered import pinned
-
-        train["init"] = pinned(params.train.init)
+    train["init"] = _fixed(params.train.init)
     request = {
         "train": train,
         "pretrained": params.pretrained.as_dict(),
@@ -54,17 +47,68 @@ def launch_training(
         "changed": changed,
         "registry": params.registry.as_dict() if params.train.track else None,
     }
-    os.environ["LDM_TRAIN"] = json.dumps(request)
-    # Left to itself, accelerate gives a lone CPU process one thread.
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    code = _launched(
-        *("--config_file", str(config), "--num_cpu_threads_per_process", str(threads)),
-        *("-m", "ldm.train"),
-    )
-    if code:
+    try:
+        _launch("train", params.train.accelerate, request)
+    except SystemExit:
         if params.train.track:
             _note_dead(params.registry)
-        raise SystemExit(code)
+        raise
+
+
+def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None:
+    """Run ``ldm.encode`` with the accelerate configuration that the settings name; see `_launch`.
+
+    The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
+    """
+    assert params.encode.accelerate is not None
+    pretrained = params.pretrained.as_dict()
+    pretrained["pipeline"] = _fixed(params.pretrained.pipeline)
+    request = {"encode": params.encode.as_dict(), "pretrained": pretrained, "images": str(images)}
+    _launch("encode", params.encode.accelerate, request | {"out": str(out), "runs": str(runs)})
+
+
+def processes_of(configuration: str) -> int:
+    """How many processes an accelerate configuration asks for; UserError if there is no such file.
+
+    At least one.
+    """
+    return max(1, int(_read(configuration).get("num_processes", 1)))
+
+
+def _read(configuration: str) -> dict[str, Any]:
+    if not Path(configuration).is_file():
+        raise UserError(f"{configuration}: no such accelerate configuration; see `accelerate`")
+    return dict(yaml.safe_load(Path(configuration).read_text()))
+
+
+def _fixed(name: str) -> str:
+    """The same name of a model, but for an MLflow alias the version behind it."""
+    if not name.startswith("models:/"):
+        return name
+    from ldm.registered import pinned
+
+    return pinned(name)
+
+
+def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
+    """Run ``python -m ldm.STAGE`` in each process, the request as JSON in its environment.
+
+    Raises :class:`SystemExit` with the exit code of the process that failed first. It has said why,
+    or is said to have been killed. SIGTERM and Ctrl-C go on to the processes.
+    """
+    os.environ |= {"LDM_REQUEST": json.dumps(request), LAUNCHER: str(os.getpid())}
+    settings, processes = _read(configuration), processes_of(configuration)
+    # Left to itself, accelerate gives a lone CPU process one thread.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    arguments = ["--config_file", configuration, "--num_cpu_threads_per_process", str(threads)]
+    if processes > 1 and "main_process_port" not in settings:
+        arguments += ["--main_process_port", "0"]  # Any that is free.
+    code = _launched(*arguments, "-m", f"ldm.{stage}")
+    if code == -signal.SIGKILL:
+        killed = "a process was killed; the same command goes on from what is done"
+        print(f"ldm {stage}: {killed}", file=sys.stderr)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
 
 
 def _note_dead(registry: Registry) -> None:
@@ -78,22 +122,26 @@ def _note_dead(registry: Registry) -> None:
 
 
 def _launched(*arguments: str) -> int:
-    """The exit code of ``accelerate launch``'s processes, by the shell's convention."""
-    code = 0
+    """The exit code of ``accelerate launch``'s processes; of a signal, negative."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # We say it.
     with taken_over(_forward):
         try:
             launch_command(launch_command_parser().parse_args(arguments))
         except CalledProcessError as failed:
-            code = failed.returncode
+            return failed.returncode
         except ChildFailedError as failed:
-            code = failed.get_first_failure()[1].exitcode
+            return failed.get_first_failure()[1].exitcode
         except SignalException as stopped:
-            code = -stopped.sigval
-    return code if code >= 0 else 128 - code
+            return -stopped.sigval
+    return 0
 
 
 def _forward(number: int, _: FrameType | None) -> None:
-    """Ask the trainer to stop; leave where there is none yet."""
+    """Ask the processes to stop; leave where there is none yet."""
     children = psutil.Process().children()
     if not children:
         raise SystemExit(128 + number)

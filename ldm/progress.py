@@ -12,7 +12,13 @@ Item = TypeVar("Item")
 
 
 def progress(
-    items: Iterable[Item], what: str, total: int, unit: str, done: int = 0, *, shown: bool = True
+    items: Iterable[Item],
+    what: str,
+    total: int | None,
+    unit: str,
+    done: int = 0,
+    *,
+    shown: bool = True,
 ) -> tqdm[Item]:
     """Wrap ``items`` in a bar; where no terminal watches, it prints at most every 20 seconds."""
     watched = sys.stderr.isatty()

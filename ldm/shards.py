@@ -78,7 +78,7 @@ SPAN = np.dtype([("shard", np.uint32), ("offset", np.int64), ("size", np.int64)]
 
 
 class ShardReader:
-    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key.
+    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key, or of ``only`` one.
 
     The index is arrays: for each sample its key's bytes, 8 for its place, 20 for each member.
 
@@ -86,8 +86,10 @@ class ShardReader:
     in ``extensions``, its name has a path, or a sample is not whole or not unique.
     """
 
-    def __init__(self, folder: Path, prefix: str, extensions: frozenset[str]) -> None:
-        self.paths = sorted(folder.glob(f"{prefix}-*.tar"))
+    def __init__(
+        self, folder: Path, prefix: str, extensions: frozenset[str], only: str | None = None
+    ) -> None:
+        self.paths = [folder / only] if only else sorted(folder.glob(f"{prefix}-*.tar"))
         self._columns = {extension: at for at, extension in enumerate(sorted(extensions))}
         self._files: dict[int, int] = {}
         self._index(*self._scanned())
@@ -167,6 +169,11 @@ class ShardReader:
         if number == len(self._keys) or self._keys[number] != wanted:
             raise KeyError(key)
         return number
+
+    def close(self) -> None:
+        """Let go of the files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def __iter__(self) -> Iterator[str]:
         return map(_to_text, self._keys[self._order])

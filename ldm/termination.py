@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from types import FrameType
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
+LAUNCHER = "LDM_LAUNCHER"
+"""Where a launcher's process number stands in the environment of those that it starts."""
 
 
 @contextmanager
@@ -41,9 +44,14 @@ class Termination:
 
 
 def ask_when_orphaned() -> None:
-    """Have SIGTERM sent to this process when its parent dies, however that dies (Linux)."""
+    """Have SIGTERM sent to this process when its parent dies, however that dies (Linux).
+
+    The parent has put its number into the environment; if it is dead already, SIGTERM comes now.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(os.environ[LAUNCHER]):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def ignore(_: int = 0) -> None:

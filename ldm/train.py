@@ -181,7 +181,7 @@ def _check_batch(config: Train, processes: int) -> None:
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.train``: one JSON argument, written by the launcher."""
     ask_when_orphaned()
-    request = json.loads(os.environ["LDM_TRAIN"])
+    request = json.loads(os.environ["LDM_REQUEST"])
     try:
         train(
             Train.model_validate(request["train"]),

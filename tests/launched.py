@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 6, "log_every": 2}
@@ -28,7 +29,7 @@ def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object
     return Popen(command, cwd=ROOT, env=environment, start_new_session=True)
 
 
-def wait_for(found: Callable[[], object], process: Popen[bytes]) -> None:
+def wait_for(found: Callable[[], object], process: Popen[Any]) -> None:
     deadline = time.monotonic() + 120
     while not found():
         assert time.monotonic() < deadline and process.poll() is None

@@ -109,11 +109,11 @@ def test_dvc_deletes_the_latents_and_they_are_not_encoded_again(
 ) -> None:
     project = shutil.copytree(reproduced, tmp_path / "project")
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["encode"]["samples_per_shard"] = 7
+    params["encode"]["text_shards"] = 3
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     said = call(project, "dvc", "repro", "-s", "encode")
     assert said.count("(0 encoded, the rest reused)") == 2
-    assert len(list((project / "artifacts/latents").glob("train-*.tar"))) > 1
+    assert len(list((project / "artifacts/latents").glob("texts-*.tar"))) == 3
 
 
 def test_dvc_deletes_the_pictures_and_they_are_not_fetched_again(

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,74 +16,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm import encoded
-from ldm.artifacts import MANIFEST, digest_tree, writing
-from ldm.config import Encode, Pretrained
-from ldm.encode import encode
+from ldm.config import Encode
 from ldm.encoded import Encoded
 from ldm.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
-from ldm.images import encode_png
 from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
-from ldm.scenes.lists import scene_of
-from ldm.scenes.render import draw
-from ldm.shards import ShardWriter
 from ldm.text import tokenize
+from tests.encoding import SETTINGS, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-SETTINGS = {"batch_size": 4, "samples_per_shard": 5}
 ROWS = 9
 SIZES = [(64, 64), (64, 32), (32, 64)]
 
-Rows = dict[str, tuple[bytes, str]]
-"""Picture and caption by key."""
 
-
-def picture(row: int, size: tuple[int, int] = (64, 64)) -> bytes:
-    """Of this height and width at most."""
-    return encode_png(draw(scene_of("retrain", "train", row)[1])[: size[0], : size[1]])
-
-
-def rows() -> Rows:
+def rows() -> dict[str, tuple[bytes, str]]:
     return {f"{row:08d}": (picture(row), f"a caption, the {row // 2}.") for row in range(ROWS)}
 
 
-def write_images(folder: Path, train: Rows) -> Path:
-    """An images artifact of these rows, and one to validate on."""
-    with writing(folder, "images", config={"image_format": "png"}, inputs={}) as fresh:
-        for split, some in (("train", train), ("validation", {"00000000": (picture(99), "a")})):
-            with ShardWriter(fresh, split, 4) as shards:
-                for key, (content, caption) in some.items():
-                    about = json.dumps({"caption": caption}).encode()
-                    shards.write(key, {"png": content, "json": about})
-    return folder
-
-
-class Project:
-    """A folder with images, a pipeline, and what runs leave."""
-
-    def __init__(self, folder: Path, pipeline: Path) -> None:
-        self.images, self.pipeline = folder / "images", pipeline
-        self.out, self.runs = folder / "latents", folder / "runs"
-        self.settings = SETTINGS
-        write_images(self.images, rows())
-
-    def encode(self) -> None:
-        """As DVC does it: the earlier output is gone."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.encode_into(self.out, self.runs)
-
-    def encode_into(self, out: Path, runs: Path) -> None:
-        config, pretrained = Encode(**self.settings), Pretrained(pipeline=str(self.pipeline))
-        encode(config, pretrained, self.images, out, runs)
-
-    def assert_as_if_clean(self) -> None:
-        clean = self.out.parent / "clean"
-        self.encode_into(clean / "latents", clean / "runs")
-        assert digest_tree(self.out) == digest_tree(clean / "latents")
-        assert (self.out / MANIFEST).read_text() == (clean / "latents" / MANIFEST).read_text()
+def write_rows(folder: Path, train: Rows) -> None:
+    write_images(folder, in_shards(train, 4))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +44,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Project:
     own = tmp_path_factory.mktemp("pipeline") / "own"
     shutil.copytree(pipeline, own)
     project = Project(tmp_path_factory.mktemp("first"), own)
+    write_rows(project.images, rows())
     project.encode()
     return project
 
@@ -104,41 +54,36 @@ def project(first: Project, tmp_path: Path) -> Project:
     """After a first run, in folders of its own."""
     shutil.copytree(first.pipeline, tmp_path / "pipeline")
     project = Project(tmp_path, tmp_path / "pipeline")
+    write_rows(project.images, rows())
     shutil.copytree(first.runs, project.runs)
     return project
-
-
-def encoded_in(said: str) -> tuple[int, int]:
-    """How many pictures and captions were encoded, as the stage's last line says."""
-    pictures, captions = re.findall(r"\((\d+) encoded", said.splitlines()[-1])
-    return int(pictures), int(captions)
 
 
 def other_caption(project: Project) -> None:
     changed = rows()
     changed["00000004"] = (picture(4), "other words")
-    write_images(project.images, changed)
+    write_rows(project.images, changed)
 
 
 def other_picture(project: Project) -> None:
     changed = rows()
     changed["00000004"] = (picture(50), changed["00000004"][1])
-    write_images(project.images, changed)
+    write_rows(project.images, changed)
 
 
 def added_rows(project: Project) -> None:
     added = {"00000000x": (picture(60), "new"), "00000020": (picture(61), "newer")}
-    write_images(project.images, dict(sorted((rows() | added).items())))
+    write_rows(project.images, dict(sorted((rows() | added).items())))
 
 
 def removed_row(project: Project) -> None:
     fewer = rows()
     del fewer["00000000"]
-    write_images(project.images, fewer)
+    write_rows(project.images, fewer)
 
 
 def twins(project: Project) -> None:
-    write_images(project.images, rows() | {"1": (picture(62), "a"), "2": (picture(62), "a")})
+    write_rows(project.images, rows() | {"1": (picture(62), "a"), "2": (picture(62), "a")})
 
 
 def change_weight(path: Path, name: str) -> None:
@@ -181,8 +126,8 @@ def other_storage(project: Project) -> None:
     project.settings = {**SETTINGS, "storage": "float16"}
 
 
-def other_shards(project: Project) -> None:
-    project.settings = {**SETTINGS, "samples_per_shard": 3}
+def other_text_shards(project: Project) -> None:
+    project.settings = {**SETTINGS, "text_shards": 2}
 
 
 PICTURES, CAPTIONS = ROWS + 1, (ROWS + 1) // 2 + 2
@@ -204,7 +149,7 @@ PICTURES, CAPTIONS = ROWS + 1, (ROWS + 1) // 2 + 2
         (other_storage, PICTURES, CAPTIONS),
         (other_scaling, 0, 0),
         (other_place, 0, 0),
-        (other_shards, 0, 0),
+        (other_text_shards, 0, 0),
     ],
 )
 def test_what_a_change_concerns_is_encoded_again_and_nothing_else(
@@ -286,18 +231,14 @@ def test_what_is_damaged_is_encoded_again_with_a_notice(
     project: Project, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     pieces = sorted(project.runs.glob("encoded/*.safetensors"))
-    assert len(pieces) == 3  # Of training, validation, captions.
+    assert len(pieces) == 2  # Of pictures, captions.
     for piece in pieces:
         damage(piece)
     project.encode()
     said = capsys.readouterr().out
-    assert said.count("is damaged; what it held is encoded again") == (1 if damage is forge else 3)
+    assert said.count("is damaged; what it held is encoded again") == (1 if damage is forge else 2)
     assert encoded_in(said) == (PICTURES, CAPTIONS)
     project.assert_as_if_clean()
-
-
-def stored(folder: Path) -> int:
-    return len(list(folder.glob("encoded/*.safetensors")))
 
 
 def test_what_the_last_run_did_not_use_is_forgotten(
@@ -306,7 +247,7 @@ def test_what_the_last_run_did_not_use_is_forgotten(
     other_vae(project)
     for _ in range(2):
         project.encode()
-        assert stored(project.runs) == 3
+        assert project.stored() == 2
     assert encoded_in(capsys.readouterr().out) == (0, 0)
 
 
@@ -333,9 +274,9 @@ def test_a_piece_is_rewritten_when_most_of_it_is_stale(
 def test_arrays_come_back_whatever_their_layout_in_memory(tmp_path: Path, layout: str) -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4).copy(layout)  # type: ignore[arg-type]
     known = Encoded(tmp_path)
-    known.add("a", values)
+    known.add("aa", values)
     known.flush()
-    assert np.array_equal(Encoded(tmp_path).read("a"), values)
+    assert np.array_equal(Encoded(tmp_path).read("aa"), values)
 
 
 def test_what_is_not_finite_is_named(project: Project) -> None:
@@ -343,7 +284,7 @@ def test_what_is_not_finite_is_named(project: Project) -> None:
     weights = load_file(path)
     weights["encoder.conv_in.bias"][:] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"train sample 00000000: .* not finite"):
+    with pytest.raises(UserError, match=r"train-00000 sample 00000000: .* not finite"):
         project.encode()
     assert not project.out.exists()
 
@@ -358,26 +299,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         assert lock.read_text() == "kept"
 
 
-def launch(project: Project) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ldm.cli", "encode", "--params", str(ROOT / "params.yaml")]
-    for name in ("images", "out", "runs"):
-        command += [f"--{name}", str(getattr(project, name))]
-    command += ["--set", f"pretrained.pipeline={project.pipeline}"]
-    for key, value in project.settings.items():
-        command += ["--set", f"encode.{key}={value}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
-
-
 @pytest.mark.slow
 def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = Project(tmp_path, pipeline)
     many = {f"{row:08d}": (picture(row), f"{row}") for row in range(4 * encoded.PIECE)}
-    write_images(project.images, many)
-    process = launch(project)
-    wait_for(lambda: stored(project.runs) >= 2, process)
+    write_images(project.images, in_shards(many, 100))
+    process = project.launch()
+    wait_for(lambda: project.stored() >= 2, process)
     with pytest.raises(UserError, match=r"latents: another process encodes it; wait"):
         project.encode_into(project.out, tmp_path / "other-runs")
     with pytest.raises(UserError, match=r"runs: another `ldm encode` uses it; .*--runs"):
@@ -386,7 +316,7 @@ def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not project.out.exists()
-    done = stored(project.runs) * encoded.PIECE
+    done = project.stored() * encoded.PIECE
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (len(many) - done, len(many) + 2)
     project.assert_as_if_clean()

@@ -137,4 +137,9 @@ class Encode(Section):
     """Of each thread, on a CPU. Another size gives other last bits: all is encoded again."""
     compute: Literal["float32", "bfloat16"] = "float32"
     storage: Literal["float32", "float16"] = "float32"
-    samples_per_shard: Count = 5000
+    text_shards: Count = 16
+    """Captions are spread over so many shards by their hash; another caption changes one of them.
+    (Pictures have a shard for each of ingest's.)"""
+    accelerate: str | None = None
+    """Configuration for ``accelerate launch``, whose processes share the work; null: one process,
+    without a launcher."""
