@@ -228,7 +228,7 @@ def test_only_an_artifact_with_buckets_says_so(images: Path, squares: Path) -> N
 
 def test_the_first_stage_wants_squares(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images: has aspect buckets.*ingest.bucket_step"):
-        first_stage(FirstStage(), images, tmp_path / "out")
+        first_stage(FirstStage(), images, tmp_path / "out", tmp_path / "runs")
 
 
 # --- encode
