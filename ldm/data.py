@@ -130,6 +130,7 @@ class TrainingBatches(Dataset[Batch]):
         accumulation: int = 1,
         timesteps: int,
         timestep_shift: float = 1.0,
+        offset_noise: float = 0.0,
         caption_dropout: float,
         rank: int = 0,
         processes: int = 1,
@@ -139,7 +140,7 @@ class TrainingBatches(Dataset[Batch]):
         self.accumulation = accumulation
         self.order = Order(cache.shapes, seed, batch_size * accumulation)
         self.timesteps, self.timestep_shift = timesteps, timestep_shift
-        self.caption_dropout = caption_dropout
+        self.offset_noise, self.caption_dropout = offset_noise, caption_dropout
         self.rank, self.processes, self.share = rank, processes, batch_size // processes
 
     def __getitem__(self, micro_batch: int) -> Batch:
@@ -164,6 +165,9 @@ class TrainingBatches(Dataset[Batch]):
         noise = rng.standard_normal(latents.shape, dtype=np.float32)
         text = self.cache.text(sample, dropped=bool(rng.random() < self.caption_dropout))
         share = shifted(spread_share(self.seed, position), self.timestep_shift)
+        if self.offset_noise:
+            channels = rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
+            noise += np.float32(self.offset_noise) * channels
         return latents, noise, text, int(share * self.timesteps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,17 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from ldm import checkpoint
-from ldm.models import Encoders, Source, load_encoders, load_part, locate
+from ldm.diffusion import FLOW
+from ldm.errors import UserError
+from ldm.models import Encoders, Source, explained, load_encoders, load_part, locate
 from ldm.unet import Network, denoise, run_by
+
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+UNKNOWN_TO_FLOWS = (
+    *("use_dynamic_shifting", "shift_terminal", "invert_sigmas", "stochastic_sampling"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding"),
+)
+"""Options of diffusers' flow schedulers that ours does not have."""
 
 
 class Denoiser(torch.nn.Module):
@@ -58,9 +68,33 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:
-    """The scheduler's configuration: betas, prediction type, spacing."""
-    config = dict(load_part(DDPMScheduler, source, "scheduler").config)
+    """The scheduler's configuration: betas, prediction type, spacing; of a flow, its shift."""
+    with explained(source, "scheduler"):
+        written = DDPMScheduler.load_config(
+            source.location, subfolder="scheduler", revision=source.revision
+        )
+    if _is_flow(written):
+        return _flow_schedule(written, source.name or source.location)
+    config = dict(DDPMScheduler.from_config(written).config)
     # The spacing that a folder leaves open is each sampler's own default, not DDPM's.
     if "timestep_spacing" in config.pop("_use_default_values", []):
         del config["timestep_spacing"]
     return config
+
+
+def _is_flow(written: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's folder is that of a flow: by its class, or by what it predicts."""
+    return written.get("_class_name") == FLOW_CLASS or written.get("prediction_type") == FLOW
+
+
+def _flow_schedule(written: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What all the classes of diffusers that can follow a flow say of it, in one form."""
+    for option in UNKNOWN_TO_FLOWS:
+        if written.get(option):
+            raise UserError(f"{where}: scheduler: {option} is set, which is not known here")
+    shift = "shift" if written.get("_class_name") == FLOW_CLASS else "flow_shift"
+    return {
+        "num_train_timesteps": written.get("num_train_timesteps", 1000),
+        "prediction_type": FLOW,
+        "flow_shift": written.get(shift, 1.0),
+    }

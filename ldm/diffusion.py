@@ -5,7 +5,8 @@ Notation as in DDPM (arXiv:2006.11239): ``x_0`` is a picture's latents, ``x_t`` 
 Tables over timesteps are float64 tensors of shape (T,); latents are float (n, c, h, w).
 
 ``schedule`` is a diffusers scheduler configuration: ``num_train_timesteps``, ``beta_schedule``,
-``beta_start``, ``beta_end``, ``prediction_type``, ``rescale_betas_zero_snr``.
+``beta_start``, ``beta_end``, ``prediction_type``, ``rescale_betas_zero_snr``. One of flow matching
+has ``flow_shift`` instead of betas.
 """
 
 from __future__ import annotations
@@ -59,24 +60,30 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Levels:
-    """The forward process in closed form: what each timestep keeps and adds, (T,) each."""
+    """The forward process in closed form: what each timestep keeps and adds, (T,) each.
+
+    ``told``: the number that the network gets for each timestep, int64 or float32 (T,).
+    """
 
     signal: torch.Tensor
     spread: torch.Tensor
+    told: torch.Tensor
 
     @classmethod
     def of(cls, schedule: Mapping[str, Any]) -> Levels:
         """``sqrt(abar)`` and ``sqrt(1 - abar)``; under flow prediction a straight line.
 
         Flow matching (arXiv:2210.02747; as rectified flow in arXiv:2209.03003): the spread rises
-        evenly from ``1 / T`` to 1, the signal is the rest.
+        evenly from ``1 / T`` to 1, or as :func:`shifted` does, and the signal is the rest. The
+        network is told ``T`` times the spread, as diffusers' samplers tell it.
         """
+        steps = int(schedule["num_train_timesteps"])
         if schedule.get("prediction_type") == FLOW:
-            steps = int(schedule["num_train_timesteps"])
-            spread = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-            return cls(1 - spread, spread)
+            even = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+            spread = shifted(even, float(schedule.get("flow_shift", 1.0)))
+            return cls(1 - spread, spread, (steps * spread).float())
         abar = alphas_cumprod(schedule)
-        return cls(abar.sqrt(), (1 - abar).sqrt())
+        return cls(abar.sqrt(), (1 - abar).sqrt(), torch.arange(steps))
 
     def __len__(self) -> int:
         return len(self.signal)
@@ -91,6 +98,14 @@ class Levels:
         tables = (self.signal.to(like.device), self.spread.to(like.device))
         signal, spread = (table[timesteps].view(-1, 1, 1, 1).to(like.dtype) for table in tables)
         return signal, spread
+
+
+def shifted(spread: torch.Tensor, shift: float) -> torch.Tensor:
+    """Spreads of a flow, all but 0 and 1 raised by a ``shift`` above 1 (arXiv:2403.03206, eq. 23).
+
+    The more pixels a picture has, the more noise it takes to hide as much of it.
+    """
+    return shift * spread / (1 + (shift - 1) * spread)
 
 
 def add_noise(

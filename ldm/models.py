@@ -1,13 +1,16 @@
 """Pretrained parts by name, all through ``from_pretrained``.
 
 A name is ``tiny`` (embedded in this package), a local folder, a training's checkpoint, an MLflow
-URI (``models:/NAME@ALIAS``) or a hub id. A pipeline folder is in Stable Diffusion layout: ``vae``,
-``text_encoder``, ``tokenizer``, ``unet``, ``scheduler``.
+URI (``models:/NAME@ALIAS``) or a hub id (``ORGANISATION/NAME``, or with ``@REVISION``). A pipeline
+folder is in Stable Diffusion layout: ``vae``, ``text_encoder``, ``tokenizer``, ``unet``,
+``scheduler``.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -41,6 +44,9 @@ def locate(name: str, revision: str | None = None) -> Source:
         from ldm.registered import fetch_model
 
         return Source(str(fetch_model(name)), name=name)
+    if revision is None and not Path(name).exists():
+        location, _, pinned = name.partition("@")
+        return Source(location, pinned or None, name)
     return Source(name, revision, name)
 
 
@@ -118,11 +124,18 @@ def digest_weights(module: torch.nn.Module) -> str:
 
 def load_part(kind: Any, source: Source, part: str | None, **options: Any) -> Any:
     """``from_pretrained`` of a class on a part's folder; UserError when there is no such part."""
-    where = source.name or source.location
     if part is not None:
         options["subfolder"] = part
-    try:
+    with explained(source, part):
         return kind.from_pretrained(source.location, revision=source.revision, **options)
+
+
+@contextmanager
+def explained(source: Source, part: str | None) -> Iterator[None]:
+    """UserError where a part cannot be loaded."""
+    where = source.name or source.location
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

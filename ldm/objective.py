@@ -26,6 +26,12 @@ class Objective:
     def of(cls, schedule: Mapping[str, Any], gamma: float | None, floor: float = 0.0) -> Self:
         """The objective on a diffusers scheduler configuration; weights by :func:`snr_weights`."""
         levels, prediction = Levels.of(schedule), str(schedule["prediction_type"])
+        if prediction == "epsilon" and schedule.get("rescale_betas_zero_snr"):
+            raise UserError(
+                "train.init: the starting model predicts epsilon on a schedule that ends in noise "
+                "alone (rescale_betas_zero_snr), of which that tells nothing; start from a model "
+                "that predicts v"
+            )
         if floor and prediction == "epsilon":
             raise UserError(
                 f"train.snr_floor {floor}: the model predicts epsilon, of which the noisiest "
@@ -40,6 +46,7 @@ class Objective:
         """
         noisy = add_noise(self.levels, batch.latents, batch.noise, batch.timesteps)
         wanted = target(self.prediction, self.levels, batch.latents, batch.noise, batch.timesteps)
-        output = denoiser(noisy, batch.timesteps, batch.texts)
+        told = self.levels.told.to(noisy.device)[batch.timesteps]
+        output = denoiser(noisy, told, batch.texts)
         error = F.mse_loss(output.float(), wanted, reduction="none").mean(dim=(1, 2, 3))
         return error * self.weights.to(error)[batch.timesteps]

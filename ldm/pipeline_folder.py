@@ -10,6 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from ldm.artifacts import write_json
+from ldm.diffusion import FLOW
 from ldm.models import Encoders
 from ldm.unet import Network, as_diffusers
 
@@ -18,12 +19,16 @@ def save_pipeline(
     folder: Path, encoders: Encoders, unet: Network, schedule: dict[str, Any]
 ) -> None:
     """Write the UNet with the encoders it was trained for and its own noise schedule."""
+    # With this scheduler StableDiffusionPipeline draws, whatever the network predicts; it sets an
+    # offset of 1 itself, with a warning.
+    of_flow = {"use_flow_sigmas": schedule["prediction_type"] == FLOW}
+    scheduler = DPMSolverMultistepScheduler.from_config({"steps_offset": 1, **schedule, **of_flow})
     pipeline = StableDiffusionPipeline(
         vae=encoders.vae,
         text_encoder=encoders.text_encoder,
         tokenizer=encoders.tokenizer,
         unet=as_diffusers(unet.to(torch.float32)),
-        scheduler=DPMSolverMultistepScheduler.from_config(schedule),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

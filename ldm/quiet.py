@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 SETTINGS = {
@@ -24,3 +25,5 @@ def quieten() -> None:
     """Set what the environment does not set itself; call it before the libraries are imported."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    # diffusers imports it where it is installed; then it warns of a kernel that is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -49,6 +49,12 @@ def continued(identity: Identity, earlier: Path, *, changed: bool) -> Identity:
             f"{earlier}: was trained otherwise ({'; '.join(found)}); undo that, or give --changed "
             "to go on from it all the same, as a run of its own"
         )
+    before, now = (one["config"].get("optimizer") for one in (known, identity))
+    if before != now:
+        raise UserError(
+            f"{earlier}: was trained by {before}, whose state is of no use to {now}; set "
+            "train.optimizer back, or leave out --resume"
+        )
     newest = checkpoint.newest_folder(earlier)
     if newest is None:
         raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")

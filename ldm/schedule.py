@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+"""What is left of the peak by the share of the way down that is done. ``cosine``: half of one, as
+in SGDR (arXiv:1608.03983, eq. 5) without restarts."""
 
 
-def cosine_with_warmup(step: int, *, total: int, warmup: int, final: float = 0.0) -> float:
+def rate_factor(step: int, *, total: int, warmup: int, decay: str = "cosine") -> float:
     """Factor on the peak learning rate at ``step`` (0-based), in [0, 1].
 
-    Linear from 0 over ``warmup`` steps, then half a cosine down to ``final`` at ``total``
-    (SGDR, arXiv:1608.03983, eq. 5, without restarts).
+    Up a line to 1 in ``warmup`` steps, of which the first moves already; then down by one of
+    ``DECAYS``, to its end at ``total``.
     """
     if step < warmup:
         return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+    return DECAYS[decay](min(1.0, (step - warmup) / max(1, total - warmup)))

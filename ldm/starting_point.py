@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ldm.config import Pretrained, Train
+from ldm.config import NoiseSchedule, Pretrained, Train
 from ldm.data import LatentCache
 from ldm.denoiser import load_scheduler_config, load_unet
+from ldm.diffusion import FLOW
 from ldm.errors import UserError
 from ldm.models import Encoders, digest_weights, digests, load_text_encoder, starting_model
 from ldm.unet import Network, random_unet, run_by
@@ -34,15 +35,22 @@ def starting_point(
         text_width=encoders.text_encoder.config.hidden_size,
         seed=config.seed,
     )
-    schedule = {
-        "num_train_timesteps": config.noise.train_timesteps,
-        "beta_schedule": config.noise.beta_schedule,
+    return run_by(pretrained.network, unet), fresh_schedule(config.noise)
+
+
+def fresh_schedule(noise: NoiseSchedule) -> dict[str, Any]:
+    """The scheduler configuration of a UNet that starts from random weights."""
+    steps = {"num_train_timesteps": noise.train_timesteps, "prediction_type": noise.prediction}
+    if noise.prediction == FLOW:
+        return {**steps, "flow_shift": 1.0}
+    return {
+        **steps,
+        "beta_schedule": noise.beta_schedule,
         "beta_start": 0.00085,
         "beta_end": 0.012,
-        "prediction_type": config.noise.prediction,
+        "rescale_betas_zero_snr": noise.zero_terminal_snr,
         "timestep_spacing": "trailing",
     }
-    return run_by(pretrained.network, unet), schedule
 
 
 def _side(cache: LatentCache, encoders: Encoders) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,7 +41,7 @@ from ldm.unet import shape_of
 
 DECIDING = (
     *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "objective", "order"),
-    *("schedule", "trainer", "unet"),
+    *("optimizers", "schedule", "trainer", "unet"),
 )
 """Modules, besides ``ldm.nn``."""
 
@@ -85,6 +86,10 @@ def train(
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     trained_text = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, trained_text)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.compile:
+        unet.compile()  # In place: weights keep their names.
     termination = Termination()
     main = accelerator.is_main_process
     shown = Live(registry, run, settings) if main and registry else nullcontext()
@@ -130,11 +135,30 @@ def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
 
 
 def settled(config: Train, device: torch.device) -> Train:
-    """The same settings with the precision that the device gives ``auto``."""
+    """The same settings with the precision that the device gives ``auto``.
+
+    UserError for what the device cannot do.
+    """
+    if device.type == "cpu":
+        _check_cpu(config)
     if config.mixed_precision != "auto":
         return config
     lower = has_bfloat16(device)
     return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
+
+
+def _check_cpu(config: Train) -> None:
+    """What would be ignored, or fail in the first step with pages of C++."""
+    if config.mixed_precision == "fp16":
+        raise UserError(
+            "train.mixed_precision fp16: is for GPUs, and there is none; set auto, bf16 or no"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and shutil.which(compiler) is None:
+        raise UserError(
+            f"train.compile: there is no {compiler}, which torch.compile wants on a CPU; install "
+            "it, or set train.compile to false"
+        )
 
 
 def accelerator_for(config: Train, device: torch.device) -> Accelerator:
@@ -166,7 +190,7 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
 def settings_of_result(config: Train) -> dict[str, Any]:
     """The settings that decide the result; where and how often to save do not."""
     how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
-    how |= {"sample_every", "sample_prompts", "track"}
+    how |= {"sample_every", "sample_prompts", "track", "gradient_checkpointing"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
 
 

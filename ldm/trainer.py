@@ -19,10 +19,11 @@ from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.live import Live
 from ldm.objective import Objective
+from ldm.optimizers import make_optimizer
 from ldm.progress import progress
 from ldm.run_log import RunLog
 from ldm.sample_sheet import SampleSheet
-from ldm.schedule import cosine_with_warmup
+from ldm.schedule import rate_factor
 from ldm.termination import Termination, ignore
 
 LOG = "log.jsonl"
@@ -56,7 +57,9 @@ class Trainer:
         self.held_out, self.folder, self.earlier = held_out, run, earlier
         self.sheet, self.live = sheet, live
         self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
-        self.prepared, self.optimizer = accelerator.prepare(denoiser, _optimizer(config, denoiser))
+        self.prepared, self.optimizer = accelerator.prepare(
+            denoiser, make_optimizer(config, denoiser)
+        )
         self.parameters = list(self.prepared.parameters())
         self.ema = Ema(denoiser, config.ema_decay)
         self.batches = TrainingBatches(
@@ -66,6 +69,7 @@ class Trainer:
             accumulation=config.accumulation,
             timesteps=len(objective.levels),
             timestep_shift=config.timestep_shift,
+            offset_noise=config.offset_noise,
             caption_dropout=config.caption_dropout,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -112,7 +116,9 @@ class Trainer:
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
         config = self.config
-        factor = cosine_with_warmup(step, total=config.steps, warmup=config.warmup_steps)
+        factor = rate_factor(
+            step, total=config.steps, warmup=config.warmup_steps, decay=config.schedule
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         return factor * config.learning_rate
@@ -215,7 +221,7 @@ class Trainer:
         return iter(loader)
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
-        optimizer = checkpoint.optimizer_tensors(self.optimizer)
+        optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
         weights = self.denoiser.state_dict()
         return checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
 
@@ -232,7 +238,7 @@ class Trainer:
             )
         try:
             self.denoiser.load_state_dict(found.weights)
-            checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+            checkpoint.restore_optimizer(self.optimizer, found.optimizer, self.accelerator.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
             if self.earlier is None:
                 raise
@@ -242,16 +248,3 @@ class Trainer:
         device = self.accelerator.device
         self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
         return found.step
-
-
-def _optimizer(config: Train, denoiser: Denoiser) -> torch.optim.Optimizer:
-    """AdamW, each part at its own rate: ``peak`` in its group."""
-    groups: list[dict[str, Any]] = [
-        {"params": list(denoiser.unet.parameters()), "peak": config.learning_rate}
-    ]
-    if denoiser.text_encoder is not None:
-        parameters = list(denoiser.text_encoder.parameters())
-        groups.append({"params": parameters, "peak": config.text_learning_rate})
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )

@@ -84,16 +84,23 @@ def test_noising_and_velocity_equal_diffusers(kind: str) -> None:
     torch.testing.assert_close(levels.snr[timesteps].float(), snr, rtol=1e-5, atol=1e-6)
 
 
-def test_the_flow_is_a_straight_line_as_diffusers_has_it() -> None:
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_flow_is_a_straight_line_as_diffusers_has_it(shift: float) -> None:
     latents, noise, timesteps = batch()
-    reference = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
-    levels = Levels.of(schedule("linear", prediction_type=FLOW))
+    reference = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    levels = Levels.of({"num_train_timesteps": 1000, "prediction_type": FLOW, "flow_shift": shift})
+    told = levels.told[timesteps]
+    torch.testing.assert_close(told, reference.timesteps[999 - timesteps], rtol=1e-6, atol=0)
     expected = reference.scale_noise(latents, reference.timesteps[999 - timesteps], noise)
     noisy = add_noise(levels, latents, noise, timesteps)
     torch.testing.assert_close(noisy, expected, rtol=1e-6, atol=1e-6)
     slope = target(FLOW, levels, latents, noise, timesteps)
     spread = levels.spread[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy - spread * slope, latents)
+
+
+def test_of_other_processes_the_network_is_told_the_timestep() -> None:
+    assert torch.equal(Levels.of(schedule("linear")).told, torch.arange(1000))
 
 
 @pytest.mark.parametrize("kind", KINDS)

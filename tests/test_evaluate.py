@@ -31,10 +31,8 @@ def prompts_file(tmp_path: Path) -> Path:
 
 
 def trained(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Path:
-    shape = {"widths": [16, 16], "head_width": 8, "norm_groups": 4}
-    config = Train.model_validate(
-        {"steps": 2, "batch_size": 4, "mixed_precision": "no", "unet": shape, **settings}
-    )
+    short = {"steps": 2, "batch_size": 4, "mixed_precision": "no"}
+    config = Train.model_validate({**short, **settings})
     train(config, Pretrained(pipeline=str(pipeline)), latents, folder / "model", folder / "runs")
     return folder / "model"
 
@@ -66,7 +64,8 @@ def test_the_start_is_the_one_of_the_training(
 def test_a_start_from_random_weights_is_drawn_too(
     pipeline: Path, latents: Path, tmp_path: Path, prompts_file: Path
 ) -> None:
-    model = trained(pipeline, latents, tmp_path, init="random", seed=3)
+    shape = {"widths": [16, 16], "head_width": 8, "norm_groups": 4}
+    model = trained(pipeline, latents, tmp_path, init="random", unet=shape, seed=3)
     metrics = json.loads((evaluated(pipeline, model, prompts_file) / "metrics.json").read_text())
     assert metrics["start"].keys() == metrics.keys() - {"start", "val_loss"}
 

@@ -29,7 +29,7 @@ from ldm.first_stage.stage import first_stage
 from ldm.first_stage.vae import train_vae
 from ldm.images import decode_image
 from ldm.scenes.lists import caption_of
-from ldm.schedule import cosine_with_warmup
+from ldm.schedule import rate_factor
 from tests.conftest import scenes
 from tests.launched import ROOT, wait_for
 
@@ -83,9 +83,9 @@ def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
     def rate(at: int, **schedule: int) -> float:
         if at == step:
             raise Killed
-        return cosine_with_warmup(at, **schedule)
+        return rate_factor(at, **schedule)
 
-    patch.setattr(ldm.first_stage.loop, "cosine_with_warmup", rate)
+    patch.setattr(ldm.first_stage.loop, "rate_factor", rate)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
@@ -122,7 +122,7 @@ def test_what_is_finished_is_not_trained_again(
 ) -> None:
     run = Run(tmp_path, checkpoint_every=3, log_every=1)
     once = vae(run, pipeline)
-    monkeypatch.delattr(ldm.first_stage.loop, "cosine_with_warmup")
+    monkeypatch.delattr(ldm.first_stage.loop, "rate_factor")
     again = vae(run, pipeline)
     assert again.config.scaling_factor == once.config.scaling_factor
     assert all(

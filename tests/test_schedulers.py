@@ -12,13 +12,14 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
 
-from ldm.diffusion import alphas_cumprod
+from ldm.diffusion import FLOW, Levels, alphas_cumprod
 from ldm.errors import UserError
-from ldm.schedulers import SAMPLERS, make_sampler
+from ldm.schedulers import FLOW_SAMPLERS, SAMPLERS, Sampler, make_sampler
 
 REFERENCES: dict[str, Any] = {
     "dpm++": DPMSolverMultistepScheduler,
@@ -30,6 +31,7 @@ REFERENCES: dict[str, Any] = {
 }
 STEPS = (1, 4, 10, 20, 50)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+FLOWING = {"num_train_timesteps": 1000, "prediction_type": FLOW}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, SD) for name in REFERENCES),
@@ -59,6 +61,34 @@ def reference_of(name: str, schedule: dict[str, Any]) -> Any:
     return scheduler
 
 
+def walk_together(
+    ours: Sampler, theirs: Any, *, scaled: bool = True, ancestral: bool = False
+) -> None:
+    """Both take every step from the same latents, outputs and fresh noise."""
+    assert ours.timesteps == pytest.approx(theirs.timesteps.tolist(), abs=1e-4)
+    generator = torch.Generator().manual_seed(ours.steps)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
+
+    latents = draw() * ours.start_scale
+    for call, timestep in enumerate(theirs.timesteps):
+        if scaled:
+            given = theirs.scale_model_input(latents, timestep)
+            torch.testing.assert_close(ours.model_input(latents, call), given, rtol=1e-5, atol=1e-5)
+        output, seed = draw(), 1000 * ours.steps + call
+        noise = torch.randn(
+            output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        options = {"generator": torch.Generator().manual_seed(seed)} if ancestral else {}
+        mine = ours.step(output, call, latents) + ours.noise_scale(call) * noise
+        expected = theirs.step(output, timestep, latents, return_dict=False, **options)[0]
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(mine, expected.double(), rtol=1e-5, atol=1e-5 * max(scale, 1))
+        # Rounding to float32 inside diffusers does not add up this way.
+        latents = expected.double()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
 def test_it_equals_diffusers(name: str, settings: dict[str, Any], prediction: str) -> None:
@@ -69,32 +99,24 @@ def test_it_equals_diffusers(name: str, settings: dict[str, Any], prediction: st
         theirs = reference_of(name, schedule)
         theirs.set_timesteps(steps)
         ours = SAMPLERS[name](dict(theirs.config), steps)
-        assert ours.timesteps == pytest.approx(theirs.timesteps.tolist(), abs=1e-4)
         assert ours.start_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
-        generator = torch.Generator().manual_seed(steps)
+        walk_together(ours, theirs, ancestral=name == "ddpm")
 
-        def draw() -> torch.Tensor:
-            return torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)  # noqa: B023
 
-        mine = expected = draw() * ours.start_scale
-        for call, timestep in enumerate(theirs.timesteps):
-            torch.testing.assert_close(
-                ours.model_input(mine, call),
-                theirs.scale_model_input(expected, timestep),
-                rtol=1e-5,
-                atol=1e-5,
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["euler", "dpm++"])
+def test_flows_equal_diffusers(name: str, shift: float) -> None:
+    """Euler's method, and DPM-Solver++ on a flow."""
+    for steps in STEPS:
+        if name == "euler":
+            theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+        else:
+            theirs = DPMSolverMultistepScheduler(
+                prediction_type=FLOW, use_flow_sigmas=True, flow_shift=shift
             )
-            output, seed = draw(), 1000 * steps + call
-            noise = torch.randn(
-                output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-            )
-            options = {"generator": torch.Generator().manual_seed(seed)} if name == "ddpm" else {}
-            mine = ours.step(output, call, mine) + ours.noise_scale(call) * noise
-            expected = theirs.step(output, timestep, expected, return_dict=False, **options)[0]
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * max(scale, 1))
-            # Rounding to float32 inside diffusers does not add up this way.
-            mine = expected = expected.double()
+        theirs.set_timesteps(steps)
+        ours = make_sampler(name, {**FLOWING, "flow_shift": shift}, steps)
+        walk_together(ours, theirs, scaled=name == "dpm++")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -124,6 +146,32 @@ def test_a_perfect_network_leads_to_the_picture(name: str, prediction: str) -> N
         latents = sampler.step(output, call, latents) + sampler.noise_scale(call) * draw()
     # Those that stop at the first timestep keep its noise, three percent.
     assert float((latents - original).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_a_perfect_network_leads_to_the_picture_along_a_flow(name: str, shift: float) -> None:
+    """Wherever the network is called, what it is told is what it was told of that in training."""
+    schedule = {**FLOWING, "flow_shift": shift}
+    sampler, levels = make_sampler(name, schedule, 20), Levels.of(schedule)
+    generator = torch.Generator().manual_seed(0)
+    original, latents = torch.randn(2, 3, 4, 4, 4, generator=generator, dtype=torch.float64)
+    for call, timestep in enumerate(sampler.timesteps):
+        nearest = int((levels.told - timestep).abs().argmin())
+        spread = float(levels.spread[nearest])
+        latents = sampler.step((latents - original) / spread, call, latents)
+    assert float((latents - original).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - FLOW_SAMPLERS.keys()))
+def test_samplers_of_other_processes_refuse_a_flow(name: str) -> None:
+    with pytest.raises(UserError, match=f"sampler {name}: .*take one of dpm.*, euler, ddim"):
+        make_sampler(name, FLOWING, 10)
+
+
+def test_a_schedule_of_others_is_followed_by_diffusers() -> None:
+    schedule = {"num_train_timesteps": 1000, **SD, "use_karras_sigmas": True}
+    assert len(make_sampler("euler", schedule, 10, "diffusers").timesteps) == 10
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

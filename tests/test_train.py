@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,17 @@ from ldm.train import train
 from tests.launched import SHORT, launch, wait_for
 
 
-def run_here(pipeline: Path, latents: Path, folder: Path, **settings: object) -> Path:
+def run_here(
+    pipeline: Path, latents: Path, folder: Path, network: str = "ldm", **settings: object
+) -> Path:
     config = Train.model_validate({**SHORT, "mixed_precision": "no", **settings})
-    train(config, Pretrained(pipeline=str(pipeline)), latents, folder / "model", folder / "runs")
+    pretrained = Pretrained.model_validate({"pipeline": str(pipeline), "network": network})
+    train(config, pretrained, latents, folder / "model", folder / "runs")
     return folder / "model"
+
+
+def read_log(model: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
@@ -40,7 +48,7 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_and_writes_a_pipeline(pipeline: Path, latents: Path, tmp_path: Path) -> None:
     model = run_here(pipeline, latents, tmp_path, steps=60, learning_rate=3e-3, ema_decay=0.9)
-    log = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
+    log = read_log(model)
     val = [line["val_loss"] for line in log if "val_loss" in line]
     assert val[-1] < 0.9 * val[0]
     assert opening(model, "model", "train").counts == {"steps": 60, "samples": 480}
@@ -191,7 +199,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(
     )
     model = run_here(pipeline, latents, tmp_path, accumulation=accumulation, log_every=1)
     assert all(tensor.isfinite().all() for tensor in weights(model).values())
-    log = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
+    log = read_log(model)
     skipped = {line["step"]: line["skipped"] for line in log if "skipped" in line}
     # Twelve steps of 8 show each of the 48 samples twice.
     assert len(skipped) == 2 and set(map(tuple, skipped.values())) == {("00000007",)}
@@ -218,7 +226,7 @@ def test_validation_is_the_same_whatever_the_batch_size(
         model = run_here(
             pipeline, latents, tmp_path / str(size), batch_size=size, learning_rate=1e-12, steps=1
         )
-        found.append(json.loads((model / "log.jsonl").read_text().splitlines()[-1]))
+        found.append(read_log(model)[-1])
     assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-5)
     assert found[0]["val_loss_bands"] == pytest.approx(found[1]["val_loss_bands"], rel=1e-5)
     # Each sample is seen at timesteps of every band alike.

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ldm.config.section import Count, Section, Share
 
+PRODIGY_LEAST = 0.01
+"""A ``learning_rate`` below is meant for another optimizer than Prodigy."""
+
 
 class UnetShape(Section):
     """A UNet to start from random weights; field names are ours, meanings diffusers'."""
@@ -22,29 +25,59 @@ class NoiseSchedule(Section):
     """The forward process of a UNet that starts from random weights."""
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    """How the variance of the noise grows; ``scaled_linear`` is Stable Diffusion's."""
+    prediction: Literal["epsilon", "v_prediction", "flow_prediction"] = "v_prediction"
+    """What the UNet predicts: the noise, the velocity (arXiv:2202.00512), or the slope of the line
+    from picture to noise (flow matching, arXiv:2209.03003), which has no betas."""
+    zero_terminal_snr: bool = False
+    """Stretch the betas until the last timestep is noise alone (arXiv:2305.08891), so that training
+    sees what sampling starts from. For ``v_prediction``."""
     train_timesteps: Count = 1000
+
+    @model_validator(mode="after")
+    def _predictable(self) -> Self:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr: epsilon tells nothing of the picture where all is noise; set "
+                "prediction to v_prediction"
+            )
+        if self.zero_terminal_snr and self.prediction == "flow_prediction":
+            raise ValueError(
+                "zero_terminal_snr: a flow ends in noise alone by itself; leave it out"
+            )
+        default = type(self).model_fields["beta_schedule"].default
+        if self.prediction == "flow_prediction" and self.beta_schedule != default:
+            raise ValueError("beta_schedule: flow_prediction has no betas; leave it out")
+        return self
 
 
 class Train(Section):
     """The UNet on cached latents."""
 
     init: str = "pretrained"
-    """``pretrained`` (the pipeline's UNet), ``random``, or a model: a folder or an MLflow URI such
-    as ``models:/ldm@champion``."""
+    """``pretrained`` (the pipeline's UNet), ``random``, or a model: a folder, a hub id, maybe with
+    ``@REVISION``, or an MLflow URI such as ``models:/ldm@champion``."""
     unet: UnetShape = UnetShape()
-    """With ``init: random``."""
+    """With ``init: random`` alone."""
     noise: NoiseSchedule = NoiseSchedule()
-    """With ``init: random``; otherwise the starting model's own scheduler rules."""
+    """With ``init: random`` alone: otherwise the starting model's own scheduler rules."""
     steps: Count = 1800
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """AdamW; the same with its state in 8 bits, a quarter of the memory (arXiv:2110.02861), by the
+    extra ``bitsandbytes``; or Prodigy (arXiv:2306.06101), which finds the size of its steps itself
+    and wants ``learning_rate: 1``."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the learning rate after its warm-up: down to 0 at the last step, or not at all."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """At the end of the warm-up; with Prodigy a factor on the rate that it finds."""
     text_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Train the text encoder too, at this rate; null leaves it as it is. For a text encoder that
     has not learned enough of a small domain's captions to tell a UNet what goes where."""
     warmup_steps: Annotated[int, Field(ge=0)] = 30
+    """Of the optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -57,9 +90,19 @@ class Train(Section):
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1 shows more noisy timesteps and fewer others. Which of two things stands where is
     decided where next to nothing of the picture is visible, on few timesteps of an even draw."""
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Add so many times a normal number, one for each channel of a sample, to its noise: a model
+    learns to change the mean of a picture, and so to draw dark and bright ones (Guttenberg,
+    Diffusion with Offset Noise, 2023, with 0.1). Validation goes without."""
     caption_dropout: Share = 0.1
+    gradient_checkpointing: bool = False
+    """Compute the UNet's blocks once more on the way back instead of keeping what is inside them
+    (arXiv:1604.06174): less memory, a third more time, the same gradients."""
+    compile: bool = False
+    """``torch.compile`` the UNet: minutes at the start, then faster steps. A CPU wants a C++
+    compiler for it."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """``auto``: bf16 where the hardware computes it, else none."""
+    """``auto``: bf16 where the hardware computes it, else none. fp16, for GPUs, scales the loss."""
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 20
@@ -100,5 +143,31 @@ class Train(Section):
             raise ValueError(
                 f"snr_floor {self.snr_floor} is above min_snr_gamma {self.min_snr_gamma}: "
                 "lower it, or set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_starts_at_random(self) -> Self:
+        for name, default in (("unet", UnetShape()), ("noise", NoiseSchedule())):
+            if self.init != "random" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: is for init random; with init {self.init} the starting model has its "
+                    "own; leave it out, or set init to random"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _prodigy_has_one_rate(self) -> Self:
+        if self.optimizer != "prodigy":
+            return self
+        if self.learning_rate < PRODIGY_LEAST:
+            raise ValueError(
+                f"learning_rate {self.learning_rate}: prodigy finds the step size itself and takes "
+                "a factor on it; set learning_rate to 1"
+            )
+        if self.text_learning_rate not in (None, self.learning_rate):
+            raise ValueError(
+                f"text_learning_rate {self.text_learning_rate}: prodigy has one rate for all; set "
+                f"it to learning_rate, {self.learning_rate}, or to null"
             )
         return self

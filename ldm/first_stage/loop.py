@@ -27,7 +27,7 @@ from ldm.config import PartTraining
 from ldm.errors import UserError
 from ldm.progress import progress
 from ldm.run_log import RunLog
-from ldm.schedule import cosine_with_warmup
+from ldm.schedule import rate_factor
 from ldm.termination import Termination, taken_over
 
 LOG = "log.jsonl"
@@ -85,7 +85,7 @@ class Loop:
         peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
         with taken_over(termination.ask), Saver(self.folder, KEPT) as saver:
             for step in bar:
-                factor = cosine_with_warmup(step, total=steps, warmup=self.config.warmup_steps)
+                factor = rate_factor(step, total=steps, warmup=self.config.warmup_steps)
                 for group, peak in peaks:
                     group["lr"] = peak * factor
                 figures = self._step(step, losses)

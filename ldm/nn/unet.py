@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
 from ldm.nn.attention import SpatialTransformer
@@ -26,6 +27,9 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 class Block(nn.Module):
     """Residual blocks, each followed by a transformer where the level attends."""
+
+    recomputes = False
+    """Whether gradients are computed from a layer's inputs alone, by another forward pass."""
 
     def __init__(
         self, shape: UNetConfig, level: int, channels: list[int], transformers: int
@@ -48,6 +52,14 @@ class Block(nn.Module):
         self, number: int, features: torch.Tensor, time: torch.Tensor, states: torch.Tensor
     ) -> torch.Tensor:
         """One residual block and its transformer, if it has one."""
+        if self.recomputes and torch.is_grad_enabled():
+            inputs = (number, features, time, states)
+            return checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(number, features, time, states)
+
+    def _layer(
+        self, number: int, features: torch.Tensor, time: torch.Tensor, states: torch.Tensor
+    ) -> torch.Tensor:
         features = self.resnets[number](features, time)
         return self.attentions[number](features, states) if self.attentions else features
 
@@ -151,6 +163,11 @@ class UNet(nn.Module):
             features = up(features, kept, time, states)
         assert not kept
         return self.conv_out(F.silu(self.conv_norm_out(features)))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep each layer's inputs alone for the way back (arXiv:1604.06174), as diffusers can."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            block.recomputes = True
 
     def _waves(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return sinusoidal(

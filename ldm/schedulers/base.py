@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,7 @@ import torch
 from ldm.diffusion import alphas_cumprod
 from ldm.errors import UserError
 
-PREDICTIONS = ("epsilon", "v_prediction")
-OTHERS = (
+OTHERS: tuple[str, ...] = (
     *("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     *("use_lu_lambdas", "use_flow_sigmas", "trained_betas"),
 )
@@ -39,6 +39,10 @@ class Sampler(ABC):
     timesteps: list[float]
     """What the network is told, a number a call of it, falling."""
 
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    """Of the network, that it can follow."""
+    lacks = OTHERS
+    """Options of the schedule that it cannot follow."""
     smallest = 0.0
     """What ``abar`` is at least: divisions want more than the nothing of a zero terminal SNR."""
 
@@ -49,12 +53,16 @@ class Sampler(ABC):
         self.train_steps = int(schedule["num_train_timesteps"])
         if steps > self.train_steps:
             raise UserError(f"steps {steps}: too many for a schedule of {self.train_steps}")
-        if self.prediction not in PREDICTIONS:
+        if self.prediction not in self.predictions:
             raise UserError(f"scheduler: prediction_type {self.prediction!r} is not known")
-        for option in OTHERS:
+        for option in self.lacks:
             if schedule.get(option):
                 raise UserError(f"scheduler: {option} is set; use implementation diffusers")
-        self.abar = [max(level, self.smallest) for level in alphas_cumprod(schedule).tolist()]
+
+    @cached_property
+    def abar(self) -> list[float]:
+        """``abar`` of each timestep of the schedule."""
+        return [max(level, self.smallest) for level in alphas_cumprod(self.schedule).tolist()]
 
     def model_input(self, latents: torch.Tensor, call: int) -> torch.Tensor:
         """The latents as the network wants them for this call: of about unit variance."""

@@ -10,10 +10,12 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
 
+from ldm.diffusion import FLOW
 from ldm.schedulers.base import Sampler
 
 SCHEDULERS = {
@@ -24,20 +26,39 @@ SCHEDULERS = {
     "pndm": PNDMScheduler,
 }
 """The deterministic ones: diffusers' DDPM draws its noise itself."""
+FLOW_SCHEDULERS = {
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "ddim": FlowMatchEulerDiscreteScheduler,
+}
 
 
 class ReferenceSampler(Sampler):
     """A diffusers scheduler, set up on a schedule."""
 
+    predictions = (*Sampler.predictions, FLOW)
+    lacks = ()
+
     def __init__(self, name: str, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
-        self.scheduler = SCHEDULERS[name].from_config({**schedule, "clip_sample": False})
+        self.scheduler = self._scheduler(name)
         self.scheduler.set_timesteps(steps)
         self.timesteps = self.scheduler.timesteps.tolist()
-        self.start_scale = float(self.scheduler.init_noise_sigma)
+        if self.prediction != FLOW:
+            self.start_scale = float(self.scheduler.init_noise_sigma)
+
+    def _scheduler(self, name: str) -> Any:
+        if self.prediction != FLOW:
+            return SCHEDULERS[name].from_config({**self.schedule, "clip_sample": False})
+        kind = FLOW_SCHEDULERS[name]
+        if kind is FlowMatchEulerDiscreteScheduler:
+            return kind(self.train_steps, shift=self.schedule.get("flow_shift", 1.0))
+        return kind.from_config({**self.schedule, "use_flow_sigmas": True})
 
     def model_input(self, latents: torch.Tensor, call: int) -> torch.Tensor:
-        """Diffusers' ``scale_model_input``."""
+        """Diffusers' ``scale_model_input``, which a flow does not have."""
+        if self.prediction == FLOW:
+            return latents
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[call])
 
     def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,243 @@
+"""Each option of a training does what it says, and would be missed here if it did nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file
+
+from ldm.artifacts import opening
+from ldm.config import NoiseSchedule, Train
+from ldm.data import LatentCache, TrainingBatches
+from ldm.denoiser import load_scheduler_config
+from ldm.errors import UserError
+from ldm.models import Source
+from ldm.nn.layers import ResidualBlock
+from ldm.objective import Objective
+from ldm.params import load_params
+from ldm.starting_point import fresh_schedule
+from tests.launched import launch
+from tests.test_train import read_log, run_here, weights
+
+SMALL = {"widths": [16, 32], "head_width": 8, "norm_groups": 4}
+RANDOM = {"init": "random", "unet": SMALL}
+
+
+def differ(some: Path, other: Path) -> bool:
+    return any(not tensor.equal(weights(other)[name]) for name, tensor in weights(some).items())
+
+
+# Noise
+
+
+def test_zero_terminal_snr_reaches_training_and_folder(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    noise = {"beta_schedule": "scaled_linear"}
+    schedules = {}
+    for zero in (False, True):
+        settings = {**RANDOM, "steps": 1, "noise": {**noise, "zero_terminal_snr": zero}}
+        model = run_here(pipeline, latents, tmp_path / str(zero), **settings)
+        schedules[zero] = load_scheduler_config(Source(str(model)))
+    assert float(Objective.of(schedules[True], None).levels.signal[-1]) == 0
+    assert float(Objective.of(schedules[False], None).levels.signal[-1]) > 0.05
+    assert differ(tmp_path / "False" / "model", tmp_path / "True" / "model")
+
+
+def test_a_start_that_predicts_epsilon_of_noise_alone_is_refused() -> None:
+    schedule = fresh_schedule(NoiseSchedule(prediction="epsilon"))
+    Objective.of(schedule, 5.0)
+    with pytest.raises(UserError, match=r"train\.init: .*predicts epsilon .*rescale_betas_zero"):
+        Objective.of({**schedule, "rescale_betas_zero_snr": True}, 5.0)
+
+
+def test_offset_noise_moves_whole_channels_and_nothing_else(latents: Path) -> None:
+    cache = LatentCache(latents, "train")
+    settings: dict[str, Any] = {"seed": 1, "timesteps": 1000, "caption_dropout": 0.3}
+    plain, moved = (
+        TrainingBatches(cache, batch_size=256, offset_noise=strength, **settings)[0]
+        for strength in (0.0, 0.5)
+    )
+    for same in ("latents", "texts", "timesteps"):
+        assert torch.equal(getattr(plain, same), getattr(moved, same))
+    offset = moved.noise - plain.noise
+    assert float(offset.std(dim=(2, 3)).max()) < 1e-6
+    by_channel = offset.mean(dim=(2, 3)).flatten()
+    # Four standard errors of 1,024 draws.
+    assert float(by_channel.mean()) == pytest.approx(0, abs=4 * 0.5 / 32)
+    assert float(by_channel.std()) == pytest.approx(0.5, rel=4 / (2 * 1024) ** 0.5)
+
+
+def test_offset_noise_reaches_the_training(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    plain = run_here(pipeline, latents, tmp_path / "plain", steps=2)
+    assert differ(plain, run_here(pipeline, latents, tmp_path / "moved", steps=2, offset_noise=0.1))
+
+
+# Precision and memory
+
+
+def test_half_precision_is_refused_without_a_gpu(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"train\.mixed_precision fp16: is for GPUs"):
+        run_here(pipeline, latents, tmp_path, mixed_precision="fp16")
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate keeps one precision a process, in tests that of most of them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("network", "block"), [("ldm", ResidualBlock), ("diffusers", ResnetBlock2D)]
+)
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    network: str,
+    block: type[torch.nn.Module],
+    precision: str,
+) -> None:
+    calls: Counter[bool] = Counter()
+    forward, asked = block.forward, False
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls[asked] += torch.is_grad_enabled()
+        return forward(*arguments)
+
+    monkeypatch.setattr(block, "forward", counted)
+    for asked in (False, True):
+        settings = {"gradient_checkpointing": asked, "mixed_precision": precision, "steps": 4}
+        run_here(pipeline, latents, tmp_path / str(asked), network, **settings)
+    assert not differ(tmp_path / "False" / "model", tmp_path / "True" / "model")
+    # Those of the mid block's second half are not: diffusers leaves them out too.
+    assert calls[True] > 1.7 * calls[False]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # C++ is compiled for most of it.
+def test_a_compiled_training_is_the_same_but_for_rounding(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    smallest = {"init": "random", "unet": {"widths": [8], "head_width": 8, "norm_groups": 4}}
+    logs, checkpoints = [], []
+    for compiled in (False, True):
+        settings = {**smallest, "compile": compiled, "steps": 4, "log_every": 1}
+        model = run_here(pipeline, latents, tmp_path / str(compiled), **settings)
+        logs.append([(line["loss"], line["gradient_norm"]) for line in read_log(model)[:4]])
+        (checkpoint,) = tmp_path.glob(f"{compiled}/runs/*/step-00000004")
+        checkpoints.append(checkpoint)
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
+    np.testing.assert_allclose(*logs, rtol=1e-3)
+    for part in ("weights", "ema", "optimizer"):
+        eager, fast = (load_file(one / f"{part}.safetensors") for one in checkpoints)
+        assert eager.keys() == fast.keys()
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"train\.compile: there is no no-such-compiler"):
+        run_here(pipeline, latents, tmp_path, compile=True)
+
+
+# Where it starts
+
+
+def test_it_starts_from_a_folder(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    other = run_here(pipeline, latents, tmp_path / "other", learning_rate=1e-2)
+    settings = {"init": str(other), "learning_rate": 1e-12, "steps": 1}
+    model = run_here(pipeline, latents, tmp_path / "next", **settings)
+    for name, tensor in weights(other).items():
+        torch.testing.assert_close(weights(model)[name], tensor, rtol=0, atol=1e-9)
+    assert differ(model, pipeline)
+    assert opening(model, "model", "train").config["init"] == str(other)
+
+
+@pytest.mark.slow
+def test_it_starts_from_a_revision_of_a_hub_id(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache of a hub that has a newer one too."""
+    older, newer = (run_here(pipeline, latents, tmp_path / str(n), steps=n) for n in (2, 4))
+    cached = tmp_path / "hub" / "models--ldm--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("b" * 40)
+    for revision, model in (("a" * 40, older), ("b" * 40, newer)):
+        shutil.copytree(model, cached / "snapshots" / revision)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = {"init": f"ldm/model@{'a' * 40}", "learning_rate": 1e-12, "steps": 1}
+    assert launch(pipeline, latents, tmp_path / "next", **settings).wait() == 0
+    for name, tensor in weights(older).items():
+        torch.testing.assert_close(
+            weights(tmp_path / "next" / "model")[name], tensor, rtol=0, atol=1e-9
+        )
+    assert differ(older, newer)
+
+
+# What cannot go together
+
+REFUSED: list[tuple[list[str], str]] = [
+    (
+        ["init=random", "noise.prediction=epsilon", "noise.zero_terminal_snr=true"],
+        r"train\.noise: zero_terminal_snr: epsilon .*; set prediction to v_prediction",
+    ),
+    (
+        ["init=random", "noise.prediction=flow_prediction", "noise.zero_terminal_snr=true"],
+        r"train\.noise: zero_terminal_snr: a flow .*; leave it out",
+    ),
+    (
+        ["init=random", "noise.prediction=flow_prediction", "noise.beta_schedule=linear"],
+        r"train\.noise: beta_schedule: flow_prediction has no betas; leave it out",
+    ),
+    (["noise.prediction=epsilon"], r"train: noise: is for init random; .*set init to random"),
+    (["unet.widths=[32]"], r"train: unet: is for init random; .*set init to random"),
+    (["optimizer=prodigy"], r"train: learning_rate 0\.0004: prodigy .*set learning_rate to 1"),
+    (
+        ["optimizer=prodigy", "learning_rate=1", "text_learning_rate=0.1"],
+        r"train: text_learning_rate 0\.1: prodigy has one rate .*set it to learning_rate, 1\.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED)
+def test_what_cannot_go_together_is_refused_with_a_remedy(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_params("tiny", [f"train.{one}" for one in overrides])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["init=random", "noise.prediction=flow_prediction"],
+        ["init=random", "noise.zero_terminal_snr=true", "noise.beta_schedule=linear"],
+        ["optimizer=prodigy", "learning_rate=1", "text_learning_rate=1", "schedule=constant"],
+    ],
+)
+def test_what_can_go_together_is_taken(overrides: list[str]) -> None:
+    params = load_params("tiny", [f"train.{one}" for one in overrides])
+    # As the launcher hands it to the trainer.
+    assert Train.model_validate(params.train.as_dict()) == params.train
