@@ -52,8 +52,10 @@ def test_shards_are_numbered_and_filled_in_order(tmp_path: Path) -> None:
 def test_reading_in_any_order_and_in_another_process(tmp_path: Path) -> None:
     reader = ShardReader(write(tmp_path, SAMPLES), "train", MEMBERS)
     assert (len(reader), reader.keys) == (5, list(SAMPLES))
+    pickled = pickle.dumps(reader)
     assert reader.read("00000004", "png") == b"pppp"
     assert reader.read("00000000", "png") == b""
+    assert pickle.dumps(reader) == pickled, "no open file goes along"
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.read("00000003", "json") == b'{"row": 3}'
 
@@ -103,13 +105,14 @@ def test_the_index_is_small(tmp_path: Path) -> None:
     """8 bytes of key, 8 of place, 20 a member: 100,000 samples must not weigh on a loader."""
     count = 4000
     samples = {f"{row:08d}": {"png": b"", "json": b""} for row in range(count)}
-    write(tmp_path, samples, a_shard=1000)
+    write(tmp_path, samples, a_shard=count)
     tracemalloc.start()
     reader = ShardReader(tmp_path, "train", MEMBERS)
-    size, _ = tracemalloc.get_traced_memory()
+    size, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(reader) == count
     assert size < 60 * count + 2**17
+    assert peak < 1000 * count
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +156,17 @@ def test_links_and_the_like_are_refused(tmp_path: Path, kind: bytes) -> None:
     with tarfile.open(tmp_path / "train-00000.tar", "w") as tar:
         tar.addfile(info)
     with pytest.raises(UserError, match=r"unexpected member 'a\.png'"):
+        ShardReader(tmp_path, "train", MEMBERS)
+
+
+def test_the_first_fault_is_named(tmp_path: Path) -> None:
+    shards = [["b.json", "b.png"], ["d.json", "d.png", "a.json"], ["c.json", "c.png"]]
+    for number, members in enumerate(shards):
+        write_tar(tmp_path / f"train-{number:05d}.tar", [(name, b"") for name in members])
+    with pytest.raises(UserError, match=r"train-00001\.tar: sample 'a' lacks png"):
+        ShardReader(tmp_path, "train", MEMBERS)
+    write_tar(tmp_path / "train-00003.tar", [("a.png", b""), ("d.png", b""), ("b.png", b"")])
+    with pytest.raises(UserError, match=r"train-00003\.tar: member 'd\.png' occurs twice"):
         ShardReader(tmp_path, "train", MEMBERS)
 
 
