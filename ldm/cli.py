@@ -234,7 +234,7 @@ def _register(options: argparse.Namespace) -> None:
 
     with (
         reading(options.images, options.runs, files=False) as images,
-        reading(options.latents, options.runs, files=False) as latents,
+        reading(options.latents, options.runs) as latents,  # They name the samples.
     ):
         register(_params(options).registry, options.model, options.eval, images, latents)
 

@@ -120,11 +120,19 @@ def _curves(log: Path) -> tracking.Points:
 
 
 def _samples(latents: Path | None) -> str | None:
-    """A line with split and key for each sample, if the latents are there."""
+    """A line with split and key for each sample, if the latents are there with all their shards."""
     if latents is None or not (latents / MANIFEST).is_file():
         return None
     keys = {split: ShardReader(latents, split, SAMPLE_MEMBERS) for split in USES}
+    counts = _manifest(latents).counts
+    if any(len(keys[split]) != counts.get(split, 0) for split in USES):
+        return None
     return "".join(f"{split} {key}\n" for split in USES for key in sorted(keys[split]))
+
+
+def _manifest(path: Path) -> Manifest:
+    """Unverified: the stages that read the files did that, and there may be terabytes."""
+    return Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
 
 
 def _lineage(
@@ -144,8 +152,7 @@ def _lineage(
     for name, path, stage in (("latents", latents, "train"), ("images", images, "encode")):
         if path is None or not (path / MANIFEST).is_file() or f"{name}_digest" not in tags:
             break
-        # Unverified: the stages that read the files did that, and there may be terabytes.
-        made = Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
+        made = _manifest(path)
         if tags[f"{name}_digest"] != made.digest:
             raise UserError(f"{path}: is not what the model was made from; run `ldm {stage}`")
         tags |= {f"{key}_digest": digest for key, digest in made.inputs.items()}

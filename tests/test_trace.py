@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from ldm import tracking
-from ldm.artifacts import opening, writing
+from ldm.artifacts import MANIFEST, opening, writing
 from ldm.config import Encode, Params, Pretrained, Registry
 from ldm.encode import encode
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.ingest.rows import key_of
-from ldm.latents import text_key
+from ldm.latents import TEXT_MEMBERS, text_key
 from ldm.params import load_params
+from ldm.registered import trained_on
 from ldm.registry import promote, register
 from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
-from ldm.shards import writing_shard
+from ldm.shards import ShardReader, writing_shard
 from ldm.trace import trace
 from tests.served import write_list
 from tests.test_registry import evaluation_of, model_of
@@ -95,13 +96,18 @@ def test_a_row_is_followed_to_the_models(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key, text = key_of(GONE), text_key(GONE)
+    (texts,) = (
+        path
+        for path in project.latents.glob("texts-*.tar")
+        if text in ShardReader(path.parent, "", TEXT_MEMBERS, only=path.name)
+    )
     capsys.readouterr()
     project.trace(GONE)
     expected = [
         f"{project.data / 'train.csv'} row 1: {GONE}",
         f"{project.images / 'train-00000.tar'}: picture {key}",
         f"{project.latents / 'train-00000.tar'}: latents {key}",
-        f"{project.latents / 'texts-00000.tar'}: text {text}, which other samples may share",
+        f"{texts}: text {text}, which other samples may share",
         "traced version 1 @champion: was trained on it",
         "traced version 2 @challenger: was trained on it",
     ]
@@ -147,6 +153,20 @@ def test_versions_that_do_not_say_are_named(
     capsys.readouterr()
     trace(silent, URLS[3], project.data, project.images, project.latents)
     assert said(capsys)[-1] == "not known of silent version 1 @challenger"
+
+
+def test_a_version_does_not_say_what_it_cannot_know(
+    project: Project, place: Path, pipeline: Path
+) -> None:
+    """Latents without their shards, as where a bucket's manifest was fetched alone."""
+    config = Registry(model="blind")
+    manifest = (project.latents / MANIFEST).read_text()
+    (alone := place / "alone").mkdir()
+    (alone / MANIFEST).write_text(manifest)
+    digest = opening(project.latents, "latents", "encode").digest
+    model = model_of(place / "blind", pipeline, latents=digest)
+    register(config, model, evaluation_of(place / "blind", model), latents=alone)
+    assert trained_on(config, key_of(URLS[0])) == {"blind version 1 @challenger": None}
 
 
 def test_a_damaged_shard_is_named(project: Project, tmp_path: Path) -> None:
