@@ -110,10 +110,10 @@ class Encoded:
         write_whole(self.folder / f"{self.rank}.used", b"".join(self._used))
 
     def forget_unused(self) -> None:
-        """Drop pieces less than half of which any process used; what was used is written anew.
+        """Drop pieces that hold what no process used; what was used of them is written anew.
 
-        The folder is thus never more than about twice as large as what is in use. Only after all
-        other processes have left what they used.
+        Nothing is left of a picture that was taken down. Only after all other processes have left
+        what they used.
         """
         self._index_new_pieces()
         for path in self.folder.glob("*.used"):
@@ -125,7 +125,7 @@ class Encoded:
         going = {
             piece
             for piece, path in enumerate(self._pieces)
-            if 2 * used[piece] < len(_open(path).keys())
+            if used[piece] < len(_open(path).keys())
         }
         for key in [key for key, piece in self._used.items() if piece in going]:
             path = self._pieces[self._used.pop(key)]
