@@ -309,6 +309,7 @@ def test_a_training_stopped_within_an_epoch_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_two_processes_go_on_after_a_kill_and_do_what_one_does(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:

@@ -209,6 +209,7 @@ def ended(process: Popen[bytes]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 def test_killed_anywhere_it_ends_in_the_same_bytes(
     pipeline: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from ldm.artifacts import MANIFEST, digest_tree, opening
 from tests.launched import wait_for
 from tests.served import photograph, serving, stored, write_list
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 250

@@ -300,6 +300,7 @@ WAYS = {a_worker: 137, the_launcher: 137, the_group: 137, by_asking: 143, by_ctr
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize(("seed", "kills"), [(0, 3), pytest.param(1, 12, marks=pytest.mark.kills)])
 def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(
     pipeline: Path, tmp_path: Path, seed: int, kills: int
