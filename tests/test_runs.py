@@ -80,6 +80,10 @@ def test_other_settings_that_are_meant_go_on_as_a_run_of_their_own(
     [
         ({"steps": 12, "seed": 1}, "has taken 12 steps; raise train.steps"),
         ({"steps": 18, "text_learning_rate": 1e-4}, "trained other weights"),
+        (
+            {"steps": 18, "optimizer": "prodigy", "learning_rate": 1},
+            "trained by adamw, whose state",
+        ),
     ],
 )
 def test_what_cannot_be_gone_on_with(
