@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,9 @@ class SampleSheet:
         """What a training is to draw, with the very network that it trains; None for nothing."""
         if config.sample_every is None:
             return None
-        captions = (held_out.caption(sample) for sample in range(len(held_out)))
-        first = islice(dict.fromkeys(captions), DEFAULT_PROMPTS)
+        captions = dict.fromkeys(held_out.caption(sample) for sample in range(len(held_out)))
+        # The sheet's font has no other letters.
+        first = sorted(captions, key=lambda caption: not caption.isascii())[:DEFAULT_PROMPTS]
         device = device_of()
         vae, text_encoder = encoders.vae.to(device), encoders.text_encoder.to(device)
         # One that has been used is saved with other settings.
