@@ -79,10 +79,11 @@ def encode(
         held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
     ):
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
-        _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, out)
+        made_of = digests(encoders)  # Before a part computes with them in its own precision.
+        _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, made_of, out)
 
 
-def _lead(part: Part, images: Manifest, out: Path) -> None:
+def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> None:
     """The main process's own: say what there is to do, and make an artifact of what all did."""
     config, vae, sharing = part.config, part.encoders.vae.config, part.sharing
     settings = {
@@ -93,7 +94,7 @@ def _lead(part: Part, images: Manifest, out: Path) -> None:
     }
     if "bucket_step" in images.config:
         settings["image_size"] = images.config["image_size"]
-    inputs = {"images": images.digest, **digests(part.encoders)}
+    inputs = {"images": images.digest, **made_of}
     extension, samples = images.config["image_format"], sum(images.counts.values())
     shards = sorted(name for name in images.files if name.endswith(".tar"))
     counts: dict[str, int] = {}

@@ -200,7 +200,10 @@ def continue_run(client: MlflowClient, experiment: str, name: str, tags: Mapping
 
 @contextmanager
 def system_metrics(run: Run) -> Iterator[None]:
-    """Log what the machine does (CPU, memory, disk, network, GPUs) to a run, now and then."""
+    """Log what the machine does (CPU, memory, disk, network, GPUs) to a run, now and then.
+
+    And once at the end, so that a short run says something too.
+    """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(run.identity, SYSTEM_METRICS_EVERY_S, resume_logging=True)
@@ -209,6 +212,9 @@ def system_metrics(run: Run) -> Iterator[None]:
         yield
     finally:
         monitor.finish()
+        monitor.collect_metrics()
+        monitor.publish_metrics(monitor.aggregate_metrics())
+        monitor.mlflow_logger.flush()
 
 
 def failures() -> tuple[type[Exception], ...]:

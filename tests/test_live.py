@@ -10,7 +10,6 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from ldm import tracking
 from ldm.artifacts import opening
 from ldm.config import Pretrained, Registry, Train
 from ldm.images import decode_image
@@ -45,14 +44,9 @@ def run_here(
 
 
 def test_figures_sheets_and_the_end(
-    pipeline: Path,
-    latents: Path,
-    tmp_path: Path,
-    store: str,
-    monkeypatch: pytest.MonkeyPatch,
+    pipeline: Path, latents: Path, tmp_path: Path, store: str
 ) -> None:
     """And none of it moves a byte of the model."""
-    monkeypatch.setattr(tracking, "SYSTEM_METRICS_EVERY_S", 0.2)
     registry = Registry(tracking_uri=store, experiment=tmp_path.name)
     model = run_here(pipeline, latents, tmp_path, registry, sample_every=6)
     (run,) = shown(store, tmp_path)

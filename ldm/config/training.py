@@ -108,7 +108,7 @@ class Train(Section):
     log_every: Count = 20
     validate_every: Count = 200
     checkpoint_every: Count = 200
-    sample_every: Count | None = None
+    sample_every: Count | None = 600
     """Steps between sheets of samples, ``samples-NNNNNNNN.png`` in the run's folder; null: none."""
     sample_prompts: tuple[str, ...] = ()
     """What a sheet shows, always under the same seeds; by default the first of the validation
