@@ -86,10 +86,11 @@ def test_a_flow_is_explained_like_any_model(flow: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++"])
-def test_samplers_of_diffusers_draw_a_flow_too(flow: Path, sampler: str) -> None:
-    painter, pictures = Painter.load(Source(str(flow))), []
+def test_network_and_samplers_of_diffusers_draw_a_flow_too(flow: Path, sampler: str) -> None:
+    pictures = []
     for whose in ("ldm", "diffusers"):
         values = {"sampler": sampler, "steps": 8, "implementation": whose}
+        painter = Painter.load(Source(str(flow)), network=whose)
         pictures.append(*painter.draw([Request(CAPTION, 1)], Sampling.model_validate(values)))
     assert psnr(pictures[0][None], pictures[1][None]).min() > 45
 
