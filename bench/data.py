@@ -174,7 +174,10 @@ def load_speed() -> None:
             os.sync()
             files = sorted(Path(folder).glob("*.tar"))
             size = sum(path.stat().st_size for path in files) / 2**20
-            ways = {"moments and text": reading(Path(folder)), "batches": batches(Path(folder), 2)}
+            ways = {
+                "moments and text": reading(Path(folder)),
+                "batches, 2 workers": batches(Path(folder), 2),
+            }
             for (way, load), cold in product(ways.items(), (False, True)):
                 where = "disk" if cold else "memory"
                 compare(
@@ -213,14 +216,17 @@ def reading(latents: Path) -> Callable[[], None]:
 
 
 def batches(latents: Path, workers: int) -> Callable[[], None]:
-    """A function that makes the batches of the next epoch, as the trainer does: with noise."""
+    """A function that makes the batches of the next epoch as the trainer does: with noise."""
     cache = LatentCache(latents, "train")
     made = TrainingBatches(cache, seed=0, batch_size=BATCH, timesteps=1000, caption_dropout=0.0)
-    loader = iter(DataLoader(made, sampler=count(), batch_size=None, num_workers=workers))
+    epochs, size = count(), len(cache) // BATCH
 
     def run() -> None:
-        for _ in range(len(cache) // BATCH):
-            next(loader)
+        first = next(epochs) * size
+        for _ in DataLoader(
+            made, sampler=range(first, first + size), batch_size=None, num_workers=workers
+        ):
+            pass
 
     return run
 
