@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from ldm.artifacts import writing
 from ldm.config import Encode, NoiseSchedule, Pretrained, Sampling
+from ldm.data import Batch
 from ldm.denoiser import load_scheduler_config
 from ldm.diffusion import FLOW
 from ldm.encode import encode
@@ -20,9 +21,11 @@ from ldm.errors import UserError
 from ldm.explain import forward, reverse
 from ldm.images import encode_png, psnr
 from ldm.models import Source
+from ldm.objective import Objective
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
+from ldm.schedulers import make_sampler
 from ldm.shards import ShardWriter
 from ldm.starting_point import fresh_schedule
 from tests.test_train import read_log, run_here
@@ -64,6 +67,21 @@ def test_a_flow_learns_a_picture_and_draws_it(flow: Path, sampler: str) -> None:
     drawn = np.stack(list(Painter.load(Source(str(flow))).draw(requests, sampling)))
     grey = np.full_like(SCENE, int(SCENE.mean()))
     assert psnr(drawn, np.stack([SCENE] * 3)).min() > psnr(grey[None], SCENE[None])[0] + 6
+
+
+def test_training_tells_the_network_what_samplers_tell_it() -> None:
+    schedule, told = fresh_schedule(NoiseSchedule(prediction="flow_prediction")), []
+
+    class Network(torch.nn.Module):
+        def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, _: object) -> torch.Tensor:
+            told.append(timesteps)
+            return noisy
+
+    zeros = torch.zeros(2, 1, 1, 1)
+    batch = Batch(zeros, zeros, zeros, torch.tensor([999, 499]))
+    Objective.of(schedule, None).loss(Network(), batch)
+    first, half = (make_sampler("euler", schedule, steps).timesteps for steps in (1, 1000))
+    assert told[0].tolist() == pytest.approx([first[0], half[500]])
 
 
 def test_diffusers_opens_a_flow_and_draws_the_same(flow: Path) -> None:
