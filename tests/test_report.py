@@ -359,6 +359,7 @@ def decision(metrics: dict[str, Any], against: str = "version 2") -> Decision:
 @pytest.fixture
 def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The page's text, with a registry that says this of the model."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # what an earlier test connected to
     database = tmp_path / "mlflow.db"
     database.touch()
 
