@@ -61,6 +61,10 @@ class Batch:
         moved = (getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
         return Batch(*moved)
 
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies beside its work; for the loader."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
 
 class LatentCache:
     """One split of a latents artifact, by sample number.

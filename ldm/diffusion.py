@@ -85,6 +85,10 @@ class Levels:
         abar = alphas_cumprod(schedule)
         return cls(abar.sqrt(), (1 - abar).sqrt(), torch.arange(steps))
 
+    def to(self, device: torch.device) -> Levels:
+        """The same tables on a device."""
+        return Levels(self.signal.to(device), self.spread.to(device), self.told.to(device))
+
     def __len__(self) -> int:
         return len(self.signal)
 

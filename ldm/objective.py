@@ -39,6 +39,10 @@ class Objective:
             )
         return cls(prediction, levels, snr_weights(prediction, levels, gamma, floor))
 
+    def to(self, device: torch.device) -> Objective:
+        """The same objective on a device, or each step would wait there for its tables."""
+        return Objective(self.prediction, self.levels.to(device), self.weights.to(device))
+
     def loss(self, denoiser: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Weighted squared error of each sample, mean over its elements: float32 (n,).
 

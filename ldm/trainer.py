@@ -53,7 +53,8 @@ class Trainer:
         sheet: SampleSheet | None = None,
         live: Live | None = None,
     ) -> None:
-        self.accelerator, self.config, self.objective = accelerator, config, objective
+        self.accelerator, self.config = accelerator, config
+        self.objective = objective.to(accelerator.device)
         self.held_out, self.folder, self.earlier = held_out, run, earlier
         self.sheet, self.live = sheet, live
         self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
@@ -216,6 +217,7 @@ class Trainer:
             sampler=numbers,
             batch_size=None,
             num_workers=config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=ignore,
         )
         return iter(loader)
