@@ -203,14 +203,17 @@ def concatenate(files: Sequence[Path]) -> None:
 
 
 def reading(latents: Path) -> Callable[[], None]:
-    """A function that reads all samples as they are in the cache, shuffled."""
+    """A function that reads all samples as they are in the cache, shuffled, a batch at a time."""
     cache = LatentCache(latents, "train")
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).split(BATCH)
 
     def run() -> None:
-        for sample in order:
-            cache.moments(sample)
-            cache.text(sample)
+        for samples in map(torch.Tensor.tolist, order):
+            for sample in samples:
+                cache.expect(sample)
+            for sample in samples:
+                cache.moments(sample)
+                cache.text(sample)
 
     return run
 

@@ -102,8 +102,13 @@ def _serve(side: int) -> None:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
-        server.request_queue_size = 128
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, *_: object) -> None:
+            """A client that hung up."""
+
+    with Server(("127.0.0.1", 0), Pictures) as server:
         print(server.server_port, flush=True)
         server.serve_forever()
 

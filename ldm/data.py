@@ -81,34 +81,38 @@ class LatentCache:
         self.shift_factor = float(self.manifest.config["shift_factor"])
         self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)
         self._texts = ShardReader(folder, TEXTS, TEXT_MEMBERS)
-        self._keys = self._samples.keys
-        self._text_of = [
-            str(json.loads(self._samples.read(key, ABOUT))["text"]) for key in self._keys
-        ]
+        abouts = (json.loads(self._samples.read(key, ABOUT)) for key in self._samples)
+        # An array of bytes, because a list of strings is three times as large.
+        self._text_of = np.array([about["text"].encode() for about in abouts], np.bytes_)
         self._empty = text_key("")
-        heads = (self._samples.read(key, MOMENTS, HEADER_BYTES) for key in self._keys)
+        heads = (self._samples.read(key, MOMENTS, HEADER_BYTES) for key in self._samples)
         self.shapes = np.array([npy_shape(head) for head in heads])
         """Of the samples' moments, by number: integers (samples, 3)."""
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._samples)
 
     def key(self, sample: int) -> str:
         """The name of the sample in the shards, and of its row in the ingest's tables."""
-        return self._keys[sample]
+        return self._samples.key(sample)
 
     def caption(self, sample: int) -> str:
         """In the words of its row."""
-        return str(json.loads(self._samples.read(self._keys[sample], ABOUT))["caption"])
+        return str(json.loads(self._samples.read(self.key(sample), ABOUT))["caption"])
 
     def moments(self, sample: int) -> np.ndarray:
         """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
-        return from_npy(self._samples.read(self._keys[sample], MOMENTS))
+        return from_npy(self._samples.read(self.key(sample), MOMENTS))
 
     def text(self, sample: int, *, dropped: bool = False) -> np.ndarray:
         """The sample's caption, or the empty one: states (tokens, width), or ids (tokens,)."""
-        key = self._empty if dropped else self._text_of[sample]
+        key = self._empty if dropped else self._text_of[sample].decode()
         return from_npy(self._texts.read(key, self._text_member))
+
+    def expect(self, sample: int) -> None:
+        """Have the system fetch the sample and its text from disk: they are read soon."""
+        self._samples.expect(self.key(sample), MOMENTS)
+        self._texts.expect(self._text_of[sample].decode(), self._text_member)
 
     def latents(self, sample: int, rng: np.random.Generator) -> np.ndarray:
         """A posterior sample, shifted and scaled to about unit variance: float32 (c, h, w)."""
@@ -152,7 +156,9 @@ class TrainingBatches(Dataset[Batch]):
         return self.at(range(first, first + self.share))
 
     def at(self, positions: range) -> Batch:
-        """The batch of these positions."""
+        """The batch of these positions. All are asked of the disk before one is waited for."""
+        for position in positions:
+            self.cache.expect(self.order.sample(position))
         return _stack([self._row(position) for position in positions])
 
     def keys(self, step: int) -> list[str]:

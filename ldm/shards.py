@@ -148,20 +148,34 @@ class ShardReader:
         """All keys in the order of the shards."""
         return list(self)
 
+    def key(self, number: int) -> str:
+        """One of these, by its place."""
+        return _to_text(self._keys[self._order[number]])
+
     def __len__(self) -> int:
         return len(self._keys)
 
     def read(self, key: str, extension: str, most: int | None = None) -> bytes:
         """One member's bytes, or the first ``most`` of them."""
-        span = self._spans[self._number(key), self._columns[extension]]
-        shard, offset, size = span.item()
+        shard, offset, size = self._place(key, extension)
         size = size if most is None else min(most, size)
-        if shard not in self._files:
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         content = os.pread(self._files[shard], size, offset)
         if len(content) != size:
             raise UserError(f"{self.paths[shard]}: was cut short; make the shards again")
         return content
+
+    def expect(self, key: str, extension: str) -> None:
+        """Have the system fetch a member from disk, so that reading it then need not wait."""
+        shard, offset, size = self._place(key, extension)
+        os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _place(self, key: str, extension: str) -> tuple[int, int, int]:
+        """A member's shard, which is open, and in it offset and size in bytes."""
+        span = self._spans[self._number(key), self._columns[extension]]
+        shard, offset, size = span.item()
+        if shard not in self._files:
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        return shard, offset, size
 
     def _number(self, key: str) -> int:
         wanted = _to_bytes(key)

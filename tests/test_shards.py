@@ -52,6 +52,9 @@ def test_shards_are_numbered_and_filled_in_order(tmp_path: Path) -> None:
 def test_reading_in_any_order_and_in_another_process(tmp_path: Path) -> None:
     reader = ShardReader(write(tmp_path, SAMPLES), "train", MEMBERS)
     assert (len(reader), reader.keys) == (5, list(SAMPLES))
+    assert [reader.key(number) for number in range(5)] == list(SAMPLES)
+    for key in SAMPLES:
+        reader.expect(key, "png")
     pickled = pickle.dumps(reader)
     assert reader.read("00000004", "png") == b"pppp"
     assert reader.read("00000000", "png") == b""
