@@ -112,7 +112,7 @@ def bare(
 
 
 def ladder(unet: Network, size: Size) -> None:
-    """Print what each measure brings, one upon the other. Leaves the network compiled."""
+    """Print what each measure brings, ``+`` for those kept. Leaves the network compiled."""
     flops, peak = operations(unet, size), peak_of_card()
     print(
         f"\n{size.pixels} pixels, {flops / 1e12:.2f} TFLOP a picture and step\n"
@@ -125,30 +125,24 @@ def ladder(unet: Network, size: Size) -> None:
         share = f"{speed * flops / peak:6.1%}" if peak else f"{'-':>6}"
         print(f"{name:>36} {pictures:6d} {speed:11.2f} {share} {memory:6.1f}GB", flush=True)
 
-    as_it_is(unet)
+    # What was compiled for another size would be compiled for any size now, and be slower.
+    torch.compiler.reset()
+    unet._compiled_call_impl = None
     with sdpa_kernel(SDPBackend.MATH):
         rung("float32, attention by its formula", size.plain, None)
     rung("+ fused attention (SDPA)", size.plain, None)
     rung("+ bfloat16 (autocast)", size.plain)
     rung("+ full batch", size.full)
     lay_out(unet, torch.channels_last)
-    rung("+ channels last", size.full)
-    torch.backends.cudnn.benchmark = True
-    rung("+ convolutions tried out (cuDNN)", size.full)
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        rung("+ attention by cuDNN", size.full)
-        unet.compile()
-        rung("+ torch.compile", size.full)
-    torch.compiler.reset()
-    rung("- attention by cuDNN", size.full)
-
-
-def as_it_is(unet: Network) -> None:
-    """Undo what an earlier ladder left: what is compiled for one size is slower for another."""
-    torch.compiler.reset()
-    unet._compiled_call_impl = None
+    rung("tried: channels last", size.full)
     lay_out(unet, torch.contiguous_format)
+    torch.backends.cudnn.benchmark = True
+    rung("tried: cuDNN's fastest convolutions", size.full)
     torch.backends.cudnn.benchmark = False
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        rung("tried: attention by cuDNN", size.full)
+    unet.compile()
+    rung("+ torch.compile", size.full)
 
 
 def lay_out(unet: Network, layout: torch.memory_format) -> None:

@@ -1,24 +1,31 @@
-"""The trainer's step over the bare loop.
+"""The trainer at ``tiny``: its step over the bare one and over one that encodes, what a checkpoint
+costs, and how long it takes to start.
 
-Needs ``artifacts/latents`` (``make demo`` makes it). Both loops train the same UNet from the same
+Needs ``artifacts/latents`` (``make demo`` makes it). All loops train the same UNet from the same
 weights in the same precision; the bare one sees one fixed batch and does nothing else.
 """
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from bench.compare import compare
+from ldm.checkpoint import Saver
 from ldm.config import Pretrained, Train
-from ldm.data import LatentCache
+from ldm.data import Batch, LatentCache
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
 from ldm.device import autocast, device_of
-from ldm.models import locate
+from ldm.models import load_encoders, locate
 from ldm.objective import Objective
 from ldm.run_log import RunLog
 from ldm.termination import Termination
@@ -26,47 +33,118 @@ from ldm.train import accelerator_for, settled
 from ldm.trainer import LOG, Trainer
 from ldm.unet import denoise
 
-BATCH, ROUNDS, STEPS = 64, 7, 20
+LATENTS = Path("artifacts/latents")
+BATCH, ROUNDS, STEPS, SIDE = 64, 7, 20, 64
+DEVICE = device_of()
+SOURCE = locate(Pretrained().pipeline)
 
 
 def main() -> None:
-    """Print samples a second of both loops and their ratio."""
+    """Print samples a second of the loops and their ratios, and the seconds of a start."""
+    title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
     with tempfile.TemporaryDirectory() as run:
-        bare, ours = loops(Path("artifacts/latents"), Path(run))
-        title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
-        compare(title, ("bare loop", bare), ("ldm train", ours), STEPS * BATCH, ROUNDS)
+        trainer = trainer_in(Path(run))
+        ours = ("ldm train", steps_of(trainer, Path(run)))
+        fixed = trainer.batches[0].to(DEVICE)
+        compare(title, ("bare loop", bare(lambda: fixed)), ours, STEPS * BATCH, ROUNDS)
+        compare(title, ("encoding", bare(encoding())), ours, STEPS * BATCH, 3)
+        saving = ("with a checkpoint", saved(trainer, ours[1], Path(run)))
+        compare(title, ("ldm train", ours[1]), saving, STEPS * BATCH, ROUNDS)
+        print(
+            f"a checkpoint in {STEPS} steps; by default there is one in {Train().checkpoint_every}"
+        )
+    seconds = [start() for _ in range(3)]
+    print(f"\nldm train, from the command to its first step: {median(seconds):.1f} s")
 
 
-def loops(latents: Path, run: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The bare loop and the trainer's, each a function that takes ``STEPS`` steps."""
-    device = device_of()
-    config = settled(Train(batch_size=BATCH, steps=10**6), device)
-    source = locate(Pretrained().pipeline)
-    schedule = load_scheduler_config(source)
+def trainer_in(run: Path) -> Trainer:
+    """The trainer of ``ldm train`` with its default settings, but for the last step."""
+    config = settled(Train(batch_size=BATCH, steps=10**6), DEVICE)
+    schedule = load_scheduler_config(SOURCE)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
-    accelerator = accelerator_for(config, device)
-    cache = LatentCache(latents, "train")
-    held_out = LatentCache(latents, "validation")
-    denoiser = Denoiser(load_unet(source))
-    trainer = Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
+    cache, held_out = (LatentCache(LATENTS, split) for split in ("train", "validation"))
+    denoiser = Denoiser(load_unet(SOURCE))
+    accelerator = accelerator_for(config, DEVICE)
+    return Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
+
+
+def steps_of(trainer: Trainer, run: Path) -> Callable[[], None]:
+    """A function that takes the trainer's next ``STEPS`` steps."""
     micro_batches, numbers = trainer.micro_batches(0), count()
     log = RunLog(run / LOG, 0, writes=True)
-    unet = load_unet(source).to(device).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
-    fixed = trainer.batches[0].to(device)
-
-    def bare() -> None:
-        for _ in range(STEPS):
-            with autocast(device, "auto"):
-                output = denoise(unet, fixed.latents, fixed.timesteps, fixed.texts)
-                loss = torch.nn.functional.mse_loss(output.float(), fixed.noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
     def ours() -> None:
         for _ in range(STEPS):
             trainer.step(next(numbers), micro_batches, Termination(), log)
 
-    return bare, ours
+    return ours
+
+
+def bare(batches: Callable[[], Batch]) -> Callable[[], None]:
+    """Forward, backward, clipping and AdamW on a UNet of its own, ``STEPS`` times."""
+    unet = load_unet(SOURCE).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            batch = batches()
+            with autocast(DEVICE, "auto"):
+                output = denoise(unet, batch.latents, batch.timesteps, batch.texts)
+                loss = torch.nn.functional.mse_loss(output.float(), batch.noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def encoding() -> Callable[[], Batch]:
+    """A batch as the usual fine-tuning scripts make it: by VAE and CLIP at every step."""
+    encoders = load_encoders(SOURCE)
+    vae, clip = encoders.vae.to(DEVICE), encoders.text_encoder.to(DEVICE)
+    pictures = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
+    ids = torch.randint(0, 700, (BATCH, encoders.tokenizer.model_max_length), device=DEVICE)
+
+    @torch.no_grad()
+    def batch() -> Batch:
+        with autocast(DEVICE, "auto"):
+            latents = vae.encode(pictures).latent_dist.sample() * vae.config["scaling_factor"]
+            states = clip(ids).last_hidden_state
+        timesteps = torch.randint(0, 1000, (BATCH,), device=DEVICE)
+        latents = latents.float()
+        return Batch(latents, torch.randn_like(latents), states.float(), timesteps)
+
+    return batch
+
+
+def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[], None]:
+    """The same steps, a checkpoint written beside them."""
+    numbers: Iterator[int] = count(1)
+
+    def with_checkpoint() -> None:
+        with Saver(run, keep=2) as saver:
+            saver.save(trainer._checkpoint(next(numbers), None))
+            steps()
+
+    return with_checkpoint
+
+
+def start() -> float:
+    """Seconds from the command to the first line of its log."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"--latents={LATENTS}", f"--out={folder}/model", f"--runs={folder}/runs"]
+        sets = [f"--set=train.{one}" for one in ("log_every=1", "track=false")]
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "ldm.cli", "train", *paths, *sets]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as stage:
+            while not any(log.stat().st_size for log in Path(folder).glob(f"runs/*/{LOG}")):
+                assert stage.poll() is None, "the training ended before its first step"
+                time.sleep(0.02)
+            seconds = time.perf_counter() - begin
+            stage.send_signal(signal.SIGTERM)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
