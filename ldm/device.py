@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -34,6 +35,18 @@ def tune(device: torch.device) -> None:
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
+def only_deterministic() -> None:
+    """From now on equal inputs give equal bits on a GPU too, as they do on a CPU anyway.
+
+    What has no such way there raises RuntimeError. Call it before CUDA is used.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS shares its buffers out by chance.
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    # We read no memory that we did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -23,7 +23,7 @@ from ldm.artifacts import digest_file, opening, write_whole, writing
 from ldm.config import Pretrained, Registry, Train
 from ldm.data import LatentCache
 from ldm.denoiser import Denoiser
-from ldm.device import device_of, has_bfloat16
+from ldm.device import device_of, has_bfloat16, only_deterministic
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.live import LOCK, Live
@@ -66,6 +66,8 @@ def train(
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step written.
     """
+    if config.deterministic:
+        only_deterministic()
     device = device_of()
     config = settled(config, device)
     accelerator = accelerator_for(config, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -91,6 +92,23 @@ def test_half_precision_is_refused_without_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.mixed_precision fp16: is for GPUs"):
         run_here(pipeline, latents, tmp_path, mixed_precision="fp16")
+
+
+@pytest.fixture
+def any_algorithms() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("any_algorithms")
+@pytest.mark.parametrize("asked", [True, False])
+def test_deterministic_training_allows_no_other_kernels(
+    pipeline: Path, latents: Path, tmp_path: Path, asked: bool
+) -> None:
+    run_here(pipeline, latents, tmp_path, steps=1, deterministic=asked)
+    assert torch.are_deterministic_algorithms_enabled() is asked
+    assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8") is asked
 
 
 @pytest.fixture

@@ -103,6 +103,9 @@ class Train(Section):
     compiler for it."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """``auto``: bf16 where the hardware computes it, else none. fp16, for GPUs, scales the loss."""
+    deterministic: bool = False
+    """The same bits again on a GPU too, and the exact resume that a CPU has anyway, for some of its
+    speed."""
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 20
