@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -179,6 +180,15 @@ class TrainingBatches(Dataset[Batch]):
             channels = rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
             noise += np.float32(self.offset_noise) * channels
         return latents, noise, text, int(share * self.timesteps)
+
+
+def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the next one made by a thread while this one is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def validation_batches(

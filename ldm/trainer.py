@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm import checkpoint
 from ldm.config import Train
-from ldm.data import Batch, LatentCache, TrainingBatches, validation_batches
+from ldm.data import Batch, LatentCache, TrainingBatches, one_ahead, validation_batches
 from ldm.denoiser import Denoiser
 from ldm.ema import Ema
 from ldm.errors import UserError
@@ -209,7 +209,10 @@ class Trainer:
             self.live.picture(sheet)
 
     def micro_batches(self, first: int) -> Iterator[Batch]:
-        """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
+        """From optimizer step ``first`` on. Not prepared: each process reads only its share.
+
+        They are made ahead of their step: by ``workers`` processes, or else by a thread.
+        """
         config = self.config
         numbers = range(first * config.accumulation, config.steps * config.accumulation)
         loader = DataLoader(
@@ -220,7 +223,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=ignore,
         )
-        return iter(loader)
+        return iter(loader) if config.workers else one_ahead(iter(loader))
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
