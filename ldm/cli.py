@@ -187,8 +187,10 @@ def _first_stage(options: argparse.Namespace) -> None:
     from ldm.first_stage.stage import first_stage
     from ldm.remote import reading
 
+    params = _params(options)
+    registry = params.registry if params.first_stage.track else None
     with reading(options.images, options.runs) as images:
-        first_stage(_params(options).first_stage, images, options.out, options.runs)
+        first_stage(params.first_stage, images, options.out, options.runs, registry)
 
 
 def _encode(options: argparse.Namespace) -> None:

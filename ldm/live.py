@@ -33,7 +33,13 @@ PATIENCE_S = 60
 
 
 def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a line of ``log.jsonl`` by metric."""
+    """The figures of a line of ``log.jsonl`` by metric; what has no value is left out.
+
+    Those of a part of the first stage are called ``PART/FIGURE``.
+    """
+    if part := entry.get("part"):
+        figures = {key: value for key, value in entry.items() if key not in ("part", "step")}
+        return {f"{part}/{key}": float(one) for key, one in figures.items() if one is not None}
     found = {NAMES[key]: float(entry[key]) for key in NAMES if key in entry}
     for number, loss in enumerate(entry.get("val_loss_bands", ())):
         found[f"val_loss_band_{number}"] = float(loss)
@@ -41,13 +47,19 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Live:
-    """Shows a run in MLflow while the block runs."""
+    """Shows a run in MLflow while the block runs.
 
-    def __init__(self, registry: Registry, run: Path, settings: Mapping[str, Any]) -> None:
+    ``settings`` are those of the whole training or, under its name, of each part.
+    """
+
+    def __init__(
+        self, registry: Registry, run: Path, settings: Mapping[str, Any], stage: str = "train"
+    ) -> None:
         self._registry, self._run, self._settings = registry, run.absolute(), settings
+        self._stage = stage
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = Thread(target=self._work, daemon=True)
-        self._last: tuple[int, float] | None = None
+        self._last: tuple[str | None, int, float] | None = None
         self.status = "KILLED"
 
     def __enter__(self) -> Self:
@@ -65,21 +77,24 @@ class Live:
         self._tasks.put(None)
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
-            say(f"train: MLflow did not take all of the run within {PATIENCE_S} s")
+            say(f"{self._stage}: MLflow did not take all of the run within {PATIENCE_S} s")
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """A line of ``log.jsonl``, with the samples a second since the line before."""
         step, now, points = int(entry["step"]), time.monotonic(), metrics_of(entry)
         if "loss" in entry:
-            if self._last and step > self._last[0]:
-                samples = (step - self._last[0]) * self._settings["batch_size"]
-                points["samples_per_second"] = samples / (now - self._last[1])
-            self._last = step, now
+            part = entry.get("part")
+            if self._last and self._last[0] == part and step > self._last[1]:
+                settings = self._settings[part] if part else self._settings
+                samples = (step - self._last[1]) * settings["batch_size"]
+                name = f"{part}/samples_per_second" if part else "samples_per_second"
+                points[name] = samples / (now - self._last[2])
+            self._last = part, step, now
         self._do(lambda run: run.log({}, {(name, step): one for name, one in points.items()}))
 
-    def picture(self, path: Path) -> None:
-        """A sheet of samples."""
-        self._do(lambda run: run.client.log_artifact(run.identity, str(path), "samples"))
+    def picture(self, path: Path, folder: str = "samples") -> None:
+        """A sheet of samples, or of what else the folder is named for."""
+        self._do(lambda run: run.client.log_artifact(run.identity, str(path), folder))
 
     def finish(self, model_digest: str) -> None:
         """The training is done, and this is its model."""
@@ -104,7 +119,7 @@ class Live:
                     task(run)
             client.set_terminated(run.identity, self.status)
         except tracking.failures() as error:
-            say(f"train: not shown in MLflow from here on ({tracking.first_line(error)})")
+            say(f"{self._stage}: not shown in MLflow from here on ({tracking.first_line(error)})")
 
 
 def note_dead(registry: Registry) -> None:

@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training_before_it_does_harm(
 
 
 def settings(pipeline: Path, steps: int = 10) -> dict[str, object]:
-    every = {"log_every": 1, "checkpoint_every": 4}
+    every = {"log_every": 1, "checkpoint_every": 4, "sheet_every": 4, "track": False}
     parts = {"vae": {**VAE, "perceptual": str(pipeline / "clip")}, "clip": CLIP, "layout": LAYOUT}
     return {**{name: {**part, "steps": steps} for name, part in parts.items()}, **every}
 
@@ -160,26 +160,37 @@ def test_the_stage_writes_parts_figures_and_a_sheet(
     first_stage(config, images, out, runs)
     made = opening(out, "first-stage", "first-stage")
     assert made.counts == {"train": 48} and set(made.inputs) == {"images", "perceptual"}
-    assert {"log_every", "checkpoint_every"}.isdisjoint(made.config)
+    assert {"log_every", "checkpoint_every", "sheet_every", "track"}.isdisjoint(made.config)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [*range(1, 11)] * 3
     assert {line["part"] for line in log} == {"vae", "clip", "layout"}
-    alone = {"part", "step", "lr", "loss", "psnr_db", "kl", "perceptual"}
+    every = {"part", "step", "lr", "loss", "gradient_norm"}
+    alone = every | {"psnr_db", "kl", "perceptual"}
+    playing = {"adversarial", "adaptive_weight", "discriminator", "discriminator_gradient_norm"}
     assert set(log[3]) == alone
-    assert set(log[4]) == alone | {"adversarial", "adaptive_weight", "discriminator"}
-    assert set(log[10]) == set(log[20]) == {"part", "step", "lr", "loss"}
+    assert set(log[4]) == alone | playing
+    assert set(log[10]) == set(log[20]) == every
+    assert all(line["gradient_norm"] > 0 for line in log)
     sheet = decode_image((out / "reconstructions.png").read_bytes())
     assert sheet.shape == (128, 8 * 64, 3)
     assert np.array_equal(sheet[:64], np.concatenate(list(scenes("validation", 8)), axis=1))
     assert not np.array_equal(sheet[64:], sheet[:64])
+    shown = [decode_image(path.read_bytes()) for path in sorted(runs.glob("*/vae/*.png"))]
+    assert len(shown) == 2 and all(np.array_equal(one[:64], sheet[:64]) for one in shown)
+    assert not np.array_equal(shown[0], shown[1])
     measured = json.loads((out / "measured.json").read_text())
     assert set(measured) == {"vae_psnr_db", "clip_retrieval", "clip_order", "text_order"}
-    first_stage(config.model_copy(update={"checkpoint_every": 7}), images, out, runs)
+    other = {"checkpoint_every": 7, "sheet_every": None}
+    first_stage(config.model_copy(update=other), images, out, runs)
     assert opening(out, "first-stage", "first-stage").files == made.files
     assert len(list(runs.iterdir())) == 1
+    first_stage(config.model_copy(update=other), images, tmp_path / "unseen", tmp_path / "others")
+    assert opening(tmp_path / "unseen", "first-stage", "first-stage").files == made.files
 
 
-def launch(pipeline: Path, images: Path, folder: Path, steps: int) -> Popen[bytes]:
+def launch(
+    pipeline: Path, images: Path, folder: Path, steps: int, **others: str | bool
+) -> Popen[bytes]:
     """``ldm first-stage`` in a process group of its own."""
     command = [
         sys.executable,
@@ -191,7 +202,9 @@ def launch(pipeline: Path, images: Path, folder: Path, steps: int) -> Popen[byte
     ]
     command += ["--images", str(images), "--out", str(folder / "out")]
     command += ["--runs", str(folder / "runs")]
-    for key, value in settings(pipeline, steps).items():
+    if experiment := others.pop("experiment", None):
+        command += ["--set", f"registry.experiment={experiment}"]
+    for key, value in {**settings(pipeline, steps), **others}.items():
         command += ["--set", f"first_stage.{key}={json.dumps(value)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=PIPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 from mlflow.entities import Run
 
 from ldm.artifacts import opening
-from ldm.config import Pretrained, Registry, Train
+from ldm.config import FirstStage, Pretrained, Registry, Train
+from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
+from ldm.live import metrics_of, note_dead
 from ldm.train import train
+from tests import test_first_stage_runs as parts
 from tests.launched import SHORT, launch, wait_for
 from tests.test_kills import has_done, kill_trainer, terminate
 
@@ -83,6 +87,50 @@ def test_a_stopped_run_is_seen_as_such_and_goes_on(
     assert launch(pipeline, latents, tmp_path, **settings).wait() == 0
     (finished,) = shown(store, tmp_path)
     assert finished.info.run_id == stopped.info.run_id and finished.info.status == "FINISHED"
+
+
+def test_a_first_stage_is_shown_part_by_part(
+    pipeline: Path, images: Path, tmp_path: Path, store: str
+) -> None:
+    """Killed once on its way."""
+    steps, settings = 40, {"track": True, "experiment": tmp_path.name}
+    process = parts.launch(pipeline, images, tmp_path, steps, **settings)
+    wait_for(lambda: shown(store, tmp_path), process)
+    wait_for(lambda: parts.steps_done(tmp_path) >= 12, process)
+    process.kill()
+    assert process.wait() == -9
+    registry = Registry(tracking_uri=store, experiment=tmp_path.name)
+    note_dead(registry)
+    (killed,) = shown(store, tmp_path)
+    assert killed.info.status == "KILLED"
+    config = FirstStage.model_validate(parts.settings(pipeline, steps))
+    first_stage(config, images, tmp_path / "out", tmp_path / "runs", registry)
+    (run,) = shown(store, tmp_path)
+    assert run.info.run_id == killed.info.run_id and run.info.status == "FINISHED"
+    made = opening(tmp_path / "out", "first-stage", "first-stage")
+    assert run.data.tags["model_digest"] == made.digest
+    assert run.data.params["clip.batch_size"] == "4"
+    client = mlflow.MlflowClient(store)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    for part in ("vae", "clip", "layout"):
+        for figure in ("loss", "lr", "gradient_norm"):
+            history = client.get_metric_history(run.info.run_id, f"{part}/{figure}")
+            points = {point.step: point.value for point in history}
+            logged = {line["step"]: line[figure] for line in lines if line["part"] == part}
+            # What was not yet sent is lost with a process that is killed.
+            assert points.items() <= logged.items() and max(points) == steps
+    assert len(points) == steps
+    for name in ("vae/psnr_db", "vae/discriminator_gradient_norm", "held_out/vae_psnr_db"):
+        assert name in run.data.metrics
+    assert run.data.metrics["layout/samples_per_second"] > 0
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    sheets = {item.path for item in client.list_artifacts(run.info.run_id, "reconstructions")}
+    assert sheets >= {f"reconstructions/reconstructions{one}.png" for one in ("-00000040", "")}
+
+
+def test_what_was_not_measured_is_no_metric() -> None:
+    line = {"part": "held_out", "step": 0, "clip_order": None, "clip_retrieval": 0.5}
+    assert metrics_of(line) == {"held_out/clip_retrieval": 0.5}
 
 
 def test_a_store_that_is_not_there_stops_nothing(

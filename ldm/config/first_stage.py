@@ -101,3 +101,8 @@ class FirstStage(Section):
     log_every: Count = 50
     checkpoint_every: Count = 200
     """Steps, of each part."""
+    sheet_every: Count | None = 1000
+    """Steps of the VAE between sheets of held-out pictures above their reconstructions,
+    ``reconstructions-NNNNNNNN.png`` in the run's folder; null: none."""
+    track: bool = True
+    """Show the training in MLflow as it goes."""

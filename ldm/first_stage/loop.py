@@ -1,7 +1,7 @@
 """The loop of the first stage's trainings: the same steps, however often they are stopped between.
 
 What a step draws comes from generators, torch's own and ``Loop.rng``; a checkpoint holds their
-state.
+state. What is shown of it on the way draws nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ldm.artifacts import write_whole
 from ldm.checkpoint import (
     Checkpoint,
     Saver,
@@ -25,12 +26,15 @@ from ldm.checkpoint import (
 )
 from ldm.config import PartTraining
 from ldm.errors import UserError
+from ldm.images import encode_png
+from ldm.live import Live
 from ldm.progress import progress
 from ldm.run_log import RunLog
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, taken_over
 
 LOG = "log.jsonl"
+SHEETS = "reconstructions"
 KEPT = 2
 """Checkpoints a part; the older one is for a newest that is damaged."""
 
@@ -40,11 +44,16 @@ Losses = Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class Run:
-    """Where checkpoints and logs lie, a folder a part, and how often they are written, in steps."""
+    """Where checkpoints, logs and sheets lie, a folder a part, and how often each, in steps.
+
+    ``live`` is told of logs and sheets.
+    """
 
     folder: Path
     checkpoint_every: int
     log_every: int
+    sheet_every: int | None = None
+    live: Live | None = None
 
 
 class Trained(NamedTuple):
@@ -70,15 +79,19 @@ class Loop:
         self.rng = np.random.default_rng(config.seed)
         self.first = self._resume()
 
-    def train(self, losses: Callable[[int], Losses]) -> None:
+    def train(
+        self, losses: Callable[[int], Losses], sheet: Callable[[], np.ndarray] | None = None
+    ) -> None:
         """Take the steps that are left; ``losses(step)`` says what each minimises.
+
+        ``sheet`` makes a picture now and then, uint8 (h, w, 3).
 
         What follows a ``yield`` finds the module changed; one whose loss is not yielded stays as it
         is. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step,
         and UserError where a gradient is not finite.
         """
         steps, termination = self.config.steps, Termination()
-        log = RunLog(self.folder / LOG, self.first, writes=True)
+        log = RunLog(self.folder / LOG, self.first, writes=True, live=self.run.live)
         numbers = range(self.first, steps)
         bar = progress(numbers, self.part, steps, "steps", done=self.first)
         optimizers = [one.optimizer for one in self.trained.values()]
@@ -94,19 +107,33 @@ class Loop:
                     rounded = {name: round(value.item(), 6) for name, value in figures.items()}
                     rate = self.config.learning_rate * factor
                     log.write({"part": self.part, "step": done, "lr": rate, **rounded})
+                    norm = rounded["gradient_norm"]
                     shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
+                    shown += [f"lr {rate:.1e}", f"gradient {norm:.2f}"]
                     bar.set_postfix_str(", ".join(shown), refresh=False)
                 if done == steps or stopping or done % self.run.checkpoint_every == 0:
                     saver.save(self._checkpoint(done))
+                if sheet and done % (self.run.sheet_every or done + 1) == 0:
+                    self._show(sheet(), done)
                 if stopping:
                     break
         if termination.signal is not None:
             raise SystemExit(termination.exit_code)
 
+    def _show(self, sheet: np.ndarray, step: int) -> None:
+        path = self.folder / f"{SHEETS}-{step:08d}.png"
+        write_whole(path, encode_png(sheet))
+        if self.run.live:
+            self.run.live.picture(path, SHEETS)
+
     def _step(self, step: int, losses: Callable[[int], Losses]) -> dict[str, torch.Tensor]:
-        """Change the modules in turn; the figures of all."""
+        """Change the modules in turn; the figures of all, with gradient norms before clipping.
+
+        The part's own is ``gradient_norm``; another module's has the module's name before it.
+        """
         figures: dict[str, torch.Tensor] = {}
-        for one, (loss, seen) in zip(self.trained.values(), losses(step), strict=False):
+        modules = self.trained.items()
+        for (name, one), (loss, seen) in zip(modules, losses(step), strict=False):
             # Before, not behind: another module's loss may have left gradients here.
             one.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -118,7 +145,8 @@ class Loop:
                     f"{self.folder} keeps the last checkpoint"
                 )
             one.optimizer.step()
-            figures |= seen
+            mark = "" if name == self.part else f"{name}_"
+            figures |= {**seen, f"{mark}gradient_norm": norm}
         return figures
 
     def _checkpoint(self, step: int) -> Checkpoint:

@@ -8,6 +8,7 @@ started again with the same settings and images, it goes on from the newest whol
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from ldm.artifacts import digest_file, digest_json, opening, write_json, write_whole, writing
-from ldm.config import FirstStage
+from ldm.config import FirstStage, Registry
 from ldm.device import device_of, precision_of
 from ldm.errors import UserError
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
 from ldm.first_stage.layout import LayoutReader, latents_of, layout_accuracy, train_layout
-from ldm.first_stage.loop import LOG, Run
+from ldm.first_stage.loop import LOG, SHEETS, Run
 from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
-from ldm.first_stage.vae import reconstruct, train_vae
+from ldm.first_stage.vae import compared, reconstruct, train_vae
 from ldm.images import decode_image, encode_png, psnr
+from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.models import digest_weights
 from ldm.pipeline_folder import forget_origin
@@ -72,15 +74,19 @@ class Parts:
     reader: LayoutReader | None
 
 
-def first_stage(config: FirstStage, images: Path, out: Path, runs: Path) -> None:
+def first_stage(
+    config: FirstStage, images: Path, out: Path, runs: Path, registry: Registry | None = None
+) -> None:
     """Train on the images artifact's training split, measure on its validation split.
 
     Writes ``vae``, ``text_encoder``, ``tokenizer``, ``clip`` (both towers), ``log.jsonl``,
     ``reconstructions.png`` (held-out pictures above what the VAE makes of them) and
     ``measured.json`` {vae_psnr_db, clip_retrieval, clip_order, text_order}. Checkpoints go to a
     folder of ``runs`` named by a digest of the settings, the images and the code that decides the
-    result. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and
-    UserError while another process writes the same.
+    result. With ``registry`` MLflow shows the training as it goes, and what was measured.
+
+    Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and UserError
+    while another process writes the same.
     """
     pictures = opening(images, "images", "ingest")
     if "bucket_step" in pictures.config:
@@ -97,22 +103,29 @@ def first_stage(config: FirstStage, images: Path, out: Path, runs: Path) -> None
         inputs["perceptual"] = digest_weights(tower)
     settings = settings_of_result(config)
     name = digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
-    run = Run(runs / f"first-stage-{name}", config.checkpoint_every, config.log_every)
+    folder = runs / f"first-stage-{name}"
     extension = pictures.config["image_format"]
     training, held_out = (Split(images, split, extension) for split in ("train", "validation"))
     refusal = "another process trains it; wait for it, or stop it"
     with (
         held(out.with_name(f".{out.name}.lock"), f"{out}: {refusal}"),
-        held(run.folder / "lock", f"{run.folder}: {refusal}"),
+        held(folder / LOCK, f"{folder}: {refusal}"),
+        Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
     ):
-        parts = _train(config, training, run, device, tower)
+        every = config.checkpoint_every, config.log_every, config.sheet_every
+        run = Run(folder, *every, live)
+        parts = _train(config, training, held_out, run, device, tower)
         measured, sheet = _measure(parts, held_out, device)
         counts = {"train": len(training)}
         with writing(out, "first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
             _save(parts, fresh)
             write_json(fresh / "measured.json", measured)
-            write_whole(fresh / "reconstructions.png", encode_png(sheet))
+            write_whole(fresh / f"{SHEETS}.png", encode_png(sheet))
             write_whole(fresh / LOG, _logs(run))
+        if live:
+            live.write({"part": "held_out", "step": 0, **measured})
+            live.picture(out / f"{SHEETS}.png", SHEETS)
+            live.finish(opening(out, "first-stage", "first-stage").digest)
     say(
         f"first-stage: VAE {measured['vae_psnr_db']} dB, CLIP finds "
         f"{measured['clip_retrieval']:.0%} among {CANDIDATES} -> {out}"
@@ -131,8 +144,8 @@ def settled(config: FirstStage, device: torch.device) -> FirstStage:
 
 
 def settings_of_result(config: FirstStage) -> dict[str, Any]:
-    """The settings that decide the result; how often to save and log do not."""
-    how = {"log_every", "checkpoint_every"}
+    """The settings that decide the result; how often to save and what to show do not."""
+    how = {"log_every", "checkpoint_every", "sheet_every", "track"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
 
 
@@ -146,6 +159,7 @@ def _code() -> list[str]:
 def _train(
     config: FirstStage,
     training: Split,
+    held_out: Split,
     run: Run,
     device: torch.device,
     tower: CLIPVisionModel | None,
@@ -153,7 +167,8 @@ def _train(
     """One part after another; those that were finished before come from their last checkpoint."""
     captions = training.captions
     side = training.pictures(np.arange(1)).shape[1]
-    vae = train_vae(config.vae, training.pictures, len(captions), side, device, run, tower)
+    shown = held_out.pictures(np.arange(min(SHOWN, len(held_out))))
+    vae = train_vae(config.vae, training.pictures, len(captions), side, device, run, tower, shown)
     tokenizer = train_tokenizer(config.clip, captions)
     clip = train_clip(config.clip, tokenizer, training.pictures, captions, side, device, run)
     text_encoder, reader = text_encoder_of(clip), None
@@ -189,8 +204,7 @@ def _measure(
         measured["text_order"] = layout_accuracy(
             parts.text_encoder, parts.reader, tokenizer, latents, captions, device
         )
-    rows = [np.concatenate(list(row[:SHOWN]), axis=1) for row in (pixels, decoded)]
-    return measured, np.concatenate(rows)
+    return measured, compared(pixels[:SHOWN], decoded[:SHOWN])
 
 
 def _mean_retrieval(

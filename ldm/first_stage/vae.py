@@ -42,9 +42,11 @@ def train_vae(
     device: torch.device,
     run: Run,
     tower: CLIPVisionModel | None = None,
+    shown: np.ndarray | None = None,
 ) -> AutoencoderKL:
     """Train on :class:`VaeLoss`, with the features of ``tower`` where there is one.
 
+    Now and then a sheet shows the pictures ``shown``, uint8 (n, h, w, 3), reconstructed.
     The scaling factor that gives latents unit variance is measured on 2,048 pictures at the end and
     stored in the model's configuration.
     """
@@ -69,7 +71,14 @@ def train_vae(
         chosen = loop.rng.integers(count, size=config.batch_size)
         return loss.of(to_model(pictures(chosen)).to(device), step)
 
-    loop.train(losses)
+    def sheet() -> np.ndarray:
+        assert shown is not None
+        vae.eval()
+        decoded = reconstruct(vae, shown, device)
+        vae.train()
+        return compared(shown, decoded)
+
+    loop.train(losses, None if shown is None else sheet)
     vae.eval()
     sample = pictures(loop.rng.integers(count, size=min(count, 2048)))
     vae.register_to_config(scaling_factor=round(1 / latent_std(vae, sample, device), 4))
@@ -102,3 +111,8 @@ def reconstruct(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) ->
         for batch in np.split(pixels, range(64, len(pixels), 64))
     ]
     return np.concatenate(batches)
+
+
+def compared(pictures: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """A row of pictures (n, h, w, 3) above one of what became of them: (2 h, n w, 3)."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in (pictures, decoded)])
