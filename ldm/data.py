@@ -192,11 +192,20 @@ def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def validation_batches(
-    cache: LatentCache, *, seed: int, batch_size: int, timesteps: int, draws: int = 4
-) -> Iterator[Batch]:
+    cache: LatentCache,
+    *,
+    seed: int,
+    batch_size: int,
+    timesteps: int,
+    draws: int = 4,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[tuple[Batch, int]]:
     """Every sample ``draws`` times at spread timesteps, always the same ones; nothing dropped.
 
-    A batch is of one shape; draw ``d`` of sample ``s`` is position ``d * len(cache) + s``.
+    A batch is of one shape; draw ``d`` of sample ``s`` is position ``d * len(cache) + s``. Yields
+    this process's share of each batch, and how many samples that has: the shares in the order of
+    ranks are the batch, and more of its last sample where it takes that to make them equal.
     """
 
     def row(position: int) -> Row:
@@ -211,7 +220,10 @@ def validation_batches(
     for samples in by_shape(cache.shapes):
         positions = (firsts + samples).ravel()
         for start in range(0, len(positions), batch_size):
-            yield _stack([row(int(at)) for at in positions[start : start + batch_size]])
+            whole = positions[start : start + batch_size]
+            share = -(-len(whole) // processes)
+            own = np.minimum(rank * share + np.arange(share), len(whole) - 1)
+            yield _stack([row(int(at)) for at in whole[own]]), len(whole)
 
 
 def _stack(rows: list[Row]) -> Batch:

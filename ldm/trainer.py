@@ -174,27 +174,30 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Mean loss of the averaged weights over the validation split, the same draws every time.
 
-        In all, and by band of timesteps.
+        In all, and by band of timesteps. The processes share each batch.
         """
+        accelerator = self.accelerator
         self.ema.swap()
         self.denoiser.eval()
-        losses, bands = [], []
-        timesteps = len(self.objective.levels)
-        for batch in validation_batches(
+        seen = []
+        for own, count in validation_batches(
             self.held_out,
             seed=self.config.seed,
             batch_size=self.config.batch_size,
-            timesteps=timesteps,
+            timesteps=len(self.objective.levels),
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
         ):
-            with self.accelerator.autocast():
-                losses.append(
-                    self.objective.loss(self.denoiser, batch.to(self.accelerator.device)).cpu()
-                )
-            bands.append(batch.timesteps * BANDS // timesteps)
+            batch = own.to(accelerator.device)
+            with accelerator.autocast():
+                each = self.objective.loss(self.denoiser, batch)
+            whole = accelerator.gather((each, batch.timesteps))
+            seen.append([part[:count].cpu() for part in whole])
         self.denoiser.train()
         self.ema.swap()
-        loss, band = torch.cat(losses), torch.cat(bands)
-        by_band = [round(float(loss[band == number].mean()), 6) for number in range(BANDS)]
+        loss, timesteps = map(torch.cat, zip(*seen, strict=True))
+        bands = timesteps * BANDS // len(self.objective.levels)
+        by_band = [round(float(loss[bands == number].mean()), 6) for number in range(BANDS)]
         return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": by_band}
 
     def _draw(self, step: int) -> None:

@@ -326,13 +326,14 @@ def test_two_processes_go_on_after_a_kill_and_do_what_one_does(
         opening(tmp_path / name / "model", "model", "") for name in ("two", "straight")
     )
     assert again.files == straight.files
-    one, other = (losses_of(tmp_path / name / "model") for name in ("one", "two"))
-    assert len(one) == 6 and other == pytest.approx(one, rel=1e-3)
+    for name, count in (("loss", 6), ("val_loss", 2)):
+        one, other = (logged(tmp_path / run / "model", name) for run in ("one", "two"))
+        assert len(one) == count and other == pytest.approx(one, rel=1e-3)
 
 
-def losses_of(model: Path) -> list[float]:
+def logged(model: Path, name: str) -> list[float]:
     lines = map(json.loads, (model / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def test_validation_is_the_same_whatever_the_batch_size(

@@ -111,9 +111,28 @@ def test_validation_repeats_itself(latents: Path) -> None:
     first, second = (
         list(validation_batches(cache, seed=0, batch_size=24, timesteps=1000)) for _ in range(2)
     )
-    assert sum(len(batch.timesteps) for batch in first) == 4 * len(cache)
-    for one, other in zip(first, second, strict=True):
+    assert sum(len(batch.timesteps) for batch, _ in first) == 4 * len(cache)
+    assert all(len(batch.timesteps) == count for batch, count in first)
+    for (one, _), (other, _) in zip(first, second, strict=True):
         assert torch.equal(one.noise, other.noise) and torch.equal(one.timesteps, other.timesteps)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_ranks_share_validation_batches(latents: Path, processes: int) -> None:
+    """And have as many of the same size, so that they can wait for each other."""
+    cache = LatentCache(latents, "validation")
+    settings = {"seed": 0, "batch_size": 27, "timesteps": 1000}
+    whole = list(validation_batches(cache, **settings))  # type: ignore[arg-type]
+    assert [count for _, count in whole] == [27, 27, 10]
+    ranks = [
+        list(validation_batches(cache, **settings, rank=rank, processes=processes))  # type: ignore[arg-type]
+        for rank in range(processes)
+    ]
+    for (batch, count), *shares in zip(whole, *ranks, strict=True):
+        assert {(len(own.timesteps), of) for own, of in shares} == {(-(-count // processes), count)}
+        for name in ("latents", "noise", "texts", "timesteps"):
+            together = torch.cat([getattr(own, name) for own, _ in shares])
+            assert torch.equal(together[:count], getattr(batch, name))
 
 
 def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
