@@ -42,7 +42,8 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
         return {f"{part}/{key}": float(one) for key, one in figures.items() if one is not None}
     found = {NAMES[key]: float(entry[key]) for key in NAMES if key in entry}
     for number, loss in enumerate(entry.get("val_loss_bands", ())):
-        found[f"val_loss_band_{number}"] = float(loss)
+        if loss is not None:
+            found[f"val_loss_band_{number}"] = float(loss)
     return found | ({"skipped": 1.0} if "skipped" in entry else {})
 
 

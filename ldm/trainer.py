@@ -196,9 +196,8 @@ class Trainer:
         self.denoiser.train()
         self.ema.swap()
         loss, timesteps = map(torch.cat, zip(*seen, strict=True))
-        bands = timesteps * BANDS // len(self.objective.levels)
-        by_band = [round(float(loss[bands == number].mean()), 6) for number in range(BANDS)]
-        return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": by_band}
+        bands = by_band(loss, timesteps, len(self.objective.levels))
+        return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": bands}
 
     def _draw(self, step: int) -> None:
         """A sheet of samples by the averaged weights."""
@@ -256,3 +255,13 @@ class Trainer:
         device = self.accelerator.device
         self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
         return found.step
+
+
+def by_band(losses: torch.Tensor, timesteps: torch.Tensor, of: int) -> list[float | None]:
+    """Mean of the losses (n,) in each of ``BANDS``, by their timesteps (n,) ``of`` so many.
+
+    None for a band that no timestep is in.
+    """
+    bands = timesteps * BANDS // of
+    found = (losses[bands == number] for number in range(BANDS))
+    return [round(float(own.mean()), 6) if len(own) else None for own in found]

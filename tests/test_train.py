@@ -23,9 +23,13 @@ from ldm.config import Encode, Pretrained, Sampling, Train
 from ldm.data import LatentCache
 from ldm.encode import encode
 from ldm.errors import UserError
+from ldm.live import metrics_of
 from ldm.models import Source
+from ldm.report import read_curves
 from ldm.sampling import Painter, Request
 from ldm.train import train
+from ldm.trainer import by_band
+from tests.encoding import Project, in_shards, picture, write_images
 from tests.launched import SHORT, launch, wait_for
 
 
@@ -231,6 +235,33 @@ def test_validation_is_the_same_whatever_the_batch_size(
     assert found[0]["val_loss_bands"] == pytest.approx(found[1]["val_loss_bands"], rel=1e-5)
     # Each sample is seen at timesteps of every band alike.
     assert np.mean(found[0]["val_loss_bands"]) == pytest.approx(found[0]["val_loss"], rel=0.02)
+
+
+def test_a_band_without_a_sample_has_no_loss() -> None:
+    losses, timesteps = torch.tensor([1.0, 2, 6, 5]), torch.tensor([0, 249, 250, 999])
+    found = by_band(losses, timesteps, 1000)
+    assert found == [1.5, 6.0, None, 5.0]
+    line = {"step": 6, "val_loss": 3.5, "val_loss_bands": found}
+    assert metrics_of(line) == {
+        "val_loss": 3.5, "val_loss_band_0": 1.5, "val_loss_band_1": 6.0, "val_loss_band_3": 5.0
+    }  # fmt: skip
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_validation_on_one_sample_leaves_a_log_that_is_json(pipeline: Path, tmp_path: Path) -> None:
+    """Two of its four timesteps fall into one band."""
+    project = Project(tmp_path, pipeline)
+    write_images(project.images, in_shards({"00000000": (picture(0), "a star")}, 1))
+    project.encode()
+    model = run_here(pipeline, project.out, tmp_path, steps=2, batch_size=1)
+    lines = (model / "log.jsonl").read_text().splitlines()
+    (last,) = [json.loads(line, parse_constant=no_constant) for line in lines if "bands" in line]
+    assert None in last["val_loss_bands"] and last["val_loss"] > 0
+    assert read_curves(model / "log.jsonl").validated == [(2, last["val_loss"])]
+    assert len(metrics_of(last)) == 1 + sum(one is not None for one in last["val_loss_bands"])
 
 
 @pytest.mark.slow
