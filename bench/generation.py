@@ -12,11 +12,12 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from bench.compare import compare
 from bench.peak import peak
-from ldm.cli import DATA, FAST
+from ldm.cli import FAST
 from ldm.config import Sampling
 from ldm.device import device_of
 from ldm.evaluate import read_prompts
 from ldm.models import Source, tiny_folder
+from ldm.options import DATA
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
 from ldm.scenes.reader import shows

@@ -8,151 +8,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ldm import __version__
 from ldm.errors import UserError
+from ldm.options import parser
 from ldm.quiet import quieten
 
 if TYPE_CHECKING:
     from ldm.config import Params
-    from ldm.remote import Location
 
-MODEL_HELP = "folder, checkpoint of a training, hub id or MLflow URI"
 FAST = {"compute": "auto", "guided_from": 0.3, "guided_to": 0.9}
 """What ``ldm generate --fast`` changes; ``python -m bench generation`` measures it."""
-
-Command = Callable[[argparse.Namespace], None]
-
-DATA = Path("data")
-IMAGES = Path("artifacts/images")
-FIRST_STAGE = Path("artifacts/first-stage")
-LATENTS = Path("artifacts/latents")
-MODEL = Path("artifacts/model")
-EVAL = Path("artifacts/eval")
-REPORT = Path("artifacts/report")
-RUNS = Path("runs")
-REMOTE = frozenset({IMAGES, LATENTS})
-"""What may be given as a URL instead."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run; a :class:`UserError` is one line on stderr and exit code 1."""
     quieten()
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        COMMANDS[options.command](options)
     except UserError as error:
         sys.exit(f"ldm {options.command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ldm", description="From a list of (image URL, caption) pairs to a registered model."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
-
-    def command(name: str, run: Command, help: str, **paths: Path) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        sub.add_argument("--params", default="params.yaml", help="params file or preset")
-        sub.add_argument(
-            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override"
-        )
-        for path, default in paths.items():
-            kind, what = (_location, "folder or URL, ") if default in REMOTE else (_folder, "")
-            about = f"{what}default: {default}"
-            sub.add_argument(f"--{path}", type=kind, default=default, help=about)
-        return sub
-
-    command("scenes", _scenes, "write the embedded data set's lists", out=DATA)
-    ingest = command(
-        "ingest", _ingest, "download, check and pack the pairs", data=DATA, out=IMAGES, runs=RUNS
-    )
-    ingest.add_argument(
-        "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
-    )
-    command(
-        "first-stage", _first_stage, "train VAE and CLIP from nothing",
-        images=IMAGES, out=FIRST_STAGE, runs=RUNS,
-    )  # fmt: skip
-    command(
-        "encode", _encode, "pictures and captions to latents",
-        images=IMAGES, out=LATENTS, runs=RUNS,
-    )  # fmt: skip
-    training = command(
-        "train", _train, "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS
-    )
-    training.add_argument("--resume", type=Path, metavar="RUN", help="go on from a folder of runs")
-    training.add_argument(
-        "--changed", action="store_true", help="with --resume: what differs from that run is meant"
-    )
-    command("evaluate", _evaluate, "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
-    command(
-        "register", _register, "log the training to MLflow, name it challenger",
-        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, runs=RUNS,
-    )  # fmt: skip
-    promote = command("promote", _promote, "make the challenger champion if the gate lets it")
-    promote.add_argument("--version", dest="named", help="decide on this one, not the challenger")
-    promote.add_argument("--rollback", action="store_true", help="put the former champion back")
-    command(
-        "report", _report, "one page about the last training",
-        model=MODEL, eval=EVAL, images=IMAGES, latents=LATENTS, out=REPORT, runs=RUNS,
-    )  # fmt: skip
-    trace = command(
-        "trace", _trace, "where a row's sample is, and which models were trained on it",
-        data=DATA, images=IMAGES, latents=LATENTS, runs=RUNS,
-    )  # fmt: skip
-    trace.add_argument("named", metavar="URL|KEY", help="of the row; the key of its sample")
-    _generate_options(command("generate", _generate, "draw pictures from prompts"))
-    explain = command("explain", _explain, "draw diffusion itself: a picture to noise and back")
-    explain.add_argument("picture", type=Path)
-    explain.add_argument("--model", default="tiny", help=MODEL_HELP)
-    explain.add_argument("--prompt", default="", help="what the way back leads to")
-    explain.add_argument("--seed", type=int, default=0)
-    explain.add_argument("--out", type=Path, default=Path("explained"))
-    return parser
-
-
-def _generate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", default="models:/ldm@champion", help=MODEL_HELP)
-    sub.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    sub.add_argument(
-        "--negative", action="append", default=[], help="one for all prompts, or one for each"
-    )
-    sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv, .jsonl or .parquet")
-    sub.add_argument("--steps", type=int, help="denoising steps")
-    sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
-    sub.add_argument("--sampler", help="dpm++, euler, lms, ddim, ddpm or pndm")
-    sub.add_argument("--seed", type=int, help="of a prompt's first picture; default: 0")
-    sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
-    sub.add_argument("--height", type=int)
-    sub.add_argument("--width", type=int)
-    sub.add_argument(
-        "--fast", action="store_true", help="guidance where it counts, bfloat16 if fast"
-    )
-    sub.add_argument("--rows-per-shard", type=int, help="pack the pictures into tars")
-    sub.add_argument("--out", type=Path, help="default: a folder of the job's own in generated/")
-
-
-def _location(text: str) -> Location:
-    if "://" not in text:
-        return Path(text)
-    url = text.rstrip("/")
-    if "://" not in url:
-        raise argparse.ArgumentTypeError(f"{text} names no bucket; write s3://BUCKET/FOLDER")
-    return url
-
-
-def _folder(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is no folder; only images and latents have URLs")
-    return Path(text)
 
 
 def _params(options: argparse.Namespace) -> Params:
@@ -308,6 +187,22 @@ def _explain(options: argparse.Namespace) -> None:
 
     network = _params(options).pretrained.network
     explain(options.model, options.picture, options.prompt, options.seed, options.out, network)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "scenes": _scenes,
+    "ingest": _ingest,
+    "first-stage": _first_stage,
+    "encode": _encode,
+    "train": _train,
+    "evaluate": _evaluate,
+    "register": _register,
+    "promote": _promote,
+    "report": _report,
+    "trace": _trace,
+    "generate": _generate,
+    "explain": _explain,
+}
 
 
 if __name__ == "__main__":

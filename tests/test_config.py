@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ldm.cli import COMMANDS
 from ldm.config import Params
 from ldm.errors import UserError
+from ldm.options import parser
 from ldm.params import load_params, presets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,3 +92,7 @@ def test_bad_input_is_one_line_and_a_failure(arguments: list[str], words: str) -
     message = done.stderr.strip()
     assert message.startswith(f"ldm {arguments[0]}: ") and words in message
     assert "\n" not in message
+
+
+def test_every_stage_that_help_names_can_be_run() -> None:
+    assert set(re.findall(r"^    ([a-z-]+)", parser().format_help(), re.M)) == COMMANDS.keys()
