@@ -34,7 +34,7 @@ from ldm.objective import Objective
 from ldm.run_log import RunLog
 from ldm.starting_point import fresh_schedule
 from ldm.termination import Termination
-from ldm.train import accelerator_for, settled
+from ldm.train import accelerator_for, settled_training
 from ldm.trainer import LOG, Trainer
 from ldm.unet import Network, denoise, from_scratch
 
@@ -218,7 +218,7 @@ def training(unet: Network, size: Size, folder: Path) -> Iterator[Callable[[], o
     write_latents(folder / "latents", 2 * size.full, (8, side, side), (TOKENS, WIDTH), "float16")
     cache = LatentCache(folder / "latents", "train")
     workers = 0 if SMALL else 4
-    config = settled(Train(batch_size=size.full, steps=10**6, workers=workers), DEVICE)
+    config = settled_training(Train(batch_size=size.full, steps=10**6, workers=workers), DEVICE)
     objective = Objective.of(fresh_schedule(NoiseSchedule()), config.min_snr_gamma)
     accelerator = accelerator_for(config, DEVICE)
     trainer = Trainer(accelerator, config, objective, cache, cache, Denoiser(unet), folder)

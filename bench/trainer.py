@@ -29,7 +29,7 @@ from ldm.models import load_encoders, locate
 from ldm.objective import Objective
 from ldm.run_log import RunLog
 from ldm.termination import Termination
-from ldm.train import accelerator_for, settled
+from ldm.train import accelerator_for, settled_training
 from ldm.trainer import LOG, Trainer
 from ldm.unet import denoise
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 def trainer_in(run: Path) -> Trainer:
     """The trainer of ``ldm train`` with its default settings, but for the last step."""
-    config = settled(Train(batch_size=BATCH, steps=10**6), DEVICE)
+    config = settled_training(Train(batch_size=BATCH, steps=10**6), DEVICE)
     schedule = load_scheduler_config(SOURCE)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     cache, held_out = (LatentCache(LATENTS, split) for split in ("train", "validation"))

@@ -84,7 +84,7 @@ def precision_of(compute: str, device: torch.device) -> str:
     return compute
 
 
-def settled(sampling: SamplingKind, device: torch.device) -> SamplingKind:
+def settled_sampling(sampling: SamplingKind, device: torch.device) -> SamplingKind:
     """The same settings with the precision that the device gives ``auto``."""
     return sampling.model_copy(update={"compute": precision_of(sampling.compute, device)})
 

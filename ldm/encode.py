@@ -9,14 +9,13 @@ for byte, what it would be without, and whatever number of processes share the w
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,9 @@ from ldm.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.locks import held
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
+from ldm.request import serve
 from ldm.shards import ShardReader
 from ldm.sharing import Sharing
-from ldm.termination import ask_when_orphaned
 
 SPLITS = ("train", "validation")
 PICTURES, TEXTS = "pictures", "texts"
@@ -208,21 +207,20 @@ def write_shards(
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.encode``; the launcher's request is JSON."""
-    ask_when_orphaned()
+    """Entry of ``accelerate launch -m ldm.encode``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
-    request = json.loads(os.environ["LDM_REQUEST"])
-    try:
-        encode(
-            Encode.model_validate(request["encode"]),
-            Pretrained.model_validate(request["pretrained"]),
-            Path(request["images"]),
-            Path(request["out"]),
-            Path(request["runs"]),
-            Sharing.launched(),
-        )
-    except UserError as error:
-        sys.exit(f"ldm encode: {error}")
+    serve("encode", _asked)
+
+
+def _asked(request: dict[str, Any]) -> None:
+    encode(
+        Encode.model_validate(request["encode"]),
+        Pretrained.model_validate(request["pretrained"]),
+        Path(request["images"]),
+        Path(request["out"]),
+        Path(request["runs"]),
+        Sharing.launched(),
+    )
 
 
 if __name__ == "__main__":

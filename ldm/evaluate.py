@@ -14,7 +14,7 @@ from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whol
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
 from ldm.denoiser import load_unet
-from ldm.device import device_of, settled
+from ldm.device import device_of, settled_sampling
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
@@ -85,7 +85,7 @@ def evaluate(
     and the pictures, ``model/NNN.png`` and ``start/NNN.png``.
     """
     trained = opening(model, "model", "train")
-    sampling = settled(config.sampling, device_of())
+    sampling = settled_sampling(config.sampling, device_of())
     config = config.model_copy(update={"sampling": sampling})
     prompts = read_prompts(prompts_file, config.sampling.seed)
     inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}

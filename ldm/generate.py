@@ -17,7 +17,7 @@ from typing import Any
 
 from ldm.artifacts import digest_file, digest_json, write_json, write_whole
 from ldm.batches import parts
-from ldm.device import settled
+from ldm.device import settled_sampling
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.locks import held
@@ -80,7 +80,7 @@ def generate(
     if total == 0:
         raise UserError("no prompts: give --prompt TEXT, or --prompts FILE with a row at least")
     painter = Painter.load(locate(model), network=network)
-    default = replace(job.default, sampling=settled(job.default.sampling, painter.device))
+    default = replace(job.default, sampling=settled_sampling(job.default.sampling, painter.device))
     job = replace(job, default=default)
     _check(painter, job.default)
     if isinstance(prompts, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -19,7 +18,8 @@ import yaml
 from ldm.config import Params, Registry
 from ldm.errors import UserError
 from ldm.progress import say
-from ldm.termination import LAUNCHER, taken_over
+from ldm.request import leave
+from ldm.termination import taken_over
 
 
 def launch_training(
@@ -96,7 +96,7 @@ def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
     Raises :class:`SystemExit` with the exit code of the process that failed first. It has said why,
     or is said to have been killed. SIGTERM and Ctrl-C go on to the processes.
     """
-    os.environ |= {"LDM_REQUEST": json.dumps(request), LAUNCHER: str(os.getpid())}
+    leave(request)
     settings, processes = _read(configuration), processes_of(configuration)
     # Left to itself, accelerate gives a lone CPU process one thread.
     threads = max(1, len(os.sched_getaffinity(0)) // processes)

@@ -32,10 +32,11 @@ from ldm.models import digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
+from ldm.request import serve
 from ldm.runs import RUN, Identity, continued, describe, folder_of, unfinished
 from ldm.sample_sheet import SampleSheet
 from ldm.starting_point import starting_point
-from ldm.termination import Termination, ask_when_orphaned, taken_over
+from ldm.termination import Termination, taken_over
 from ldm.trainer import LOG, Trainer
 from ldm.unet import shape_of
 
@@ -69,7 +70,7 @@ def train(
     if config.deterministic:
         only_deterministic()
     device = device_of()
-    config = settled(config, device)
+    config = settled_training(config, device)
     accelerator = accelerator_for(config, device)
     _check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
@@ -136,7 +137,7 @@ def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
         )
 
 
-def settled(config: Train, device: torch.device) -> Train:
+def settled_training(config: Train, device: torch.device) -> Train:
     """The same settings with the precision that the device gives ``auto``.
 
     UserError for what the device cannot do.
@@ -205,22 +206,21 @@ def _check_batch(config: Train, processes: int) -> None:
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.train``: one JSON argument, written by the launcher."""
-    ask_when_orphaned()
-    request = json.loads(os.environ["LDM_REQUEST"])
-    try:
-        train(
-            Train.model_validate(request["train"]),
-            Pretrained.model_validate(request["pretrained"]),
-            Path(request["latents"]),
-            Path(request["out"]),
-            Path(request["runs"]),
-            resume=Path(request["resume"]) if request["resume"] else None,
-            changed=request["changed"],
-            registry=Registry.model_validate(request["registry"]) if request["registry"] else None,
-        )
-    except UserError as error:
-        sys.exit(f"ldm train: {error}")
+    """Entry of ``accelerate launch -m ldm.train``."""
+    serve("train", _asked)
+
+
+def _asked(request: dict[str, Any]) -> None:
+    train(
+        Train.model_validate(request["train"]),
+        Pretrained.model_validate(request["pretrained"]),
+        Path(request["latents"]),
+        Path(request["out"]),
+        Path(request["runs"]),
+        resume=Path(request["resume"]) if request["resume"] else None,
+        changed=request["changed"],
+        registry=Registry.model_validate(request["registry"]) if request["registry"] else None,
+    )
 
 
 if __name__ == "__main__":

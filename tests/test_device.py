@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config import Sampling
-from ldm.device import autocast, has_bfloat16, precision_of, settled
+from ldm.device import autocast, has_bfloat16, precision_of, settled_sampling
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def test_auto_is_what_the_device_can(monkeypatch: pytest.MonkeyPatch, able: bool
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: names)
     wanted = "bfloat16" if able else "float32"
     assert precision_of("auto", CPU) == wanted
-    assert settled(Sampling(compute="auto"), CPU).compute == wanted
+    assert settled_sampling(Sampling(compute="auto"), CPU).compute == wanted
     with autocast(CPU, "auto"):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == getattr(torch, wanted)

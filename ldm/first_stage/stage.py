@@ -95,7 +95,7 @@ def first_stage(
             "ingest.bucket_step null into another folder"
         )
     device = device_of()
-    config = settled(config, device)
+    config = settled_first_stage(config, device)
     tower = None
     inputs = {"images": pictures.digest}
     if config.vae.perceptual:
@@ -132,7 +132,7 @@ def first_stage(
     )
 
 
-def settled(config: FirstStage, device: torch.device) -> FirstStage:
+def settled_first_stage(config: FirstStage, device: torch.device) -> FirstStage:
     """The same settings with the precision that the device gives ``auto``."""
     parts = {part: getattr(config, part) for part in PARTS}
     return config.model_copy(

@@ -1,0 +1,32 @@
+"""What a launcher asks of the processes that it starts: a stage's arguments, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm.errors import UserError
+from ldm.termination import LAUNCHER, ask_when_orphaned
+
+REQUEST = "LDM_REQUEST"
+"""Where it stands in their environment."""
+
+
+def leave(request: Mapping[str, Any]) -> None:
+    """Put it where processes that are started from now on find it."""
+    os.environ |= {REQUEST: json.dumps(request), LAUNCHER: str(os.getpid())}
+
+
+def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
+    """Do in such a process what was asked; a :class:`UserError` ends it as it ends ``ldm STAGE``.
+
+    SIGTERM comes when the launcher dies.
+    """
+    ask_when_orphaned()
+    try:
+        run(json.loads(os.environ[REQUEST]))
+    except UserError as error:
+        sys.exit(f"ldm {stage}: {error}")
