@@ -105,18 +105,42 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
+KEEPING = {"checkpoint", "models", "request", "run_log", "shards", "termination"}
+"""What stores and reads, and is verified: weights, shards and states by their digests."""
+
+
+def deciding(*modules: str) -> set[str]:
+    """What modules need that may decide a result, as paths without their ending."""
+    needed = {f"ldm.{name}" for name in ONLOOKERS}
+    for module in modules:
+        needed_by(module, needed)
+    paths = {name.removeprefix("ldm.").replace(".", "/") for name in needed}
+    known = (ANYWHERE - {"device"}) | ONLOOKERS | KEEPING
+    return {path for path in paths if path.split("/")[0] not in known}
+
+
 def test_a_first_stage_is_named_by_the_code_that_decides_it() -> None:
     from ldm.first_stage.stage import DECIDING
 
-    needed = set[str]()
-    for part in ("vae", "tokenizer", "clip", "layout"):
-        needed_by(f"ldm.first_stage.{part}", needed)
-    paths = {name.removeprefix("ldm.").replace(".", "/") for name in needed}
-    keeping = {"checkpoint", "live", "models", "run_log", "termination"}
-    known = (ANYWHERE - {"device"}) | keeping
-    deciding = {path for path in paths if path.split("/")[0] not in known | {"first_stage"}}
+    parts = ("vae", "tokenizer", "clip", "layout")
+    found = deciding(*(f"ldm.first_stage.{part}" for part in parts))
+    others = {path for path in found if not path.startswith("first_stage")}
     come_with_the_package = {"nn", "nn/config", "nn/layers", "nn/unet"}
-    assert deciding - come_with_the_package == set(DECIDING)
+    assert others - come_with_the_package == set(DECIDING)
+
+
+def test_a_run_is_named_by_the_code_that_decides_its_steps() -> None:
+    from ldm.train import DECIDING
+
+    found = {path for path in deciding("ldm.trainer") if path.split("/")[0] != "nn"}
+    # How attention is computed is set beforehand.
+    assert found | {"device"} == set(DECIDING)
+
+
+def test_what_was_encoded_is_known_by_the_code_that_did() -> None:
+    from ldm.encoders import CODE
+
+    assert deciding("ldm.encoders") == {Path(file).stem for file in CODE} | {"images"}
 
 
 @pytest.mark.parametrize(
