@@ -257,6 +257,7 @@ def test_manifest_names_lists_and_settings_that_decide_the_bytes(
     lists: Path, manifest: Manifest
 ) -> None:
     how = {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "quality"}
+    how |= {"distributor"}
     assert manifest.config.keys() == CONFIG.as_dict().keys() - how - {"blocked", "bucket_step"}
     assert manifest.config["image_size"] == 64
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in lists.iterdir()}
@@ -281,6 +282,34 @@ def test_again_with_more_processes_gives_the_same_bytes(
     assert digest_tree(tmp_path / "images") == digest_tree(images)
     again = (tmp_path / "images" / "manifest.json").read_bytes()
     assert again == (images / "manifest.json").read_bytes()
+
+
+def test_without_ray_nothing_begins(
+    lists: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """img2dataset would fetch nothing and end with 0."""
+    monkeypatch.setitem(sys.modules, "ray", None)  # type: ignore[arg-type]
+    shutil.copytree(images, tmp_path / "images")
+    before = digest_tree(tmp_path)
+    config = CONFIG.model_copy(update={"distributor": "ray"})
+    with pytest.raises(UserError, match=r"^ingest\.distributor ray: Ray is not installed; .*pip"):
+        ingest(config, lists, tmp_path / "images", tmp_path / "runs")
+    assert digest_tree(tmp_path) == before and opening(tmp_path / "images", "images", "ingest")
+
+
+@pytest.mark.slow
+def test_on_ray_the_same_is_fetched_and_refused(
+    lists: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every word of the reasons, which are the guard's; where Ray is installed."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr(fetch, "SHARD_ROWS", (20, 20))
+    config = CONFIG.model_copy(update={"distributor": "ray", "processes": 2})
+    ingest(config, lists, tmp_path / "images", tmp_path / "runs")
+    assert digest_tree(tmp_path / "images") == digest_tree(images)
+    again = (tmp_path / "images" / "manifest.json").read_bytes()
+    assert again == (images / "manifest.json").read_bytes()
+    assert "Started a local Ray instance" in (tmp_path / ".images.log").read_text()
 
 
 def test_dead_list_fails_and_leaves_the_earlier_output(

@@ -82,6 +82,10 @@ class Ingest(Section):
     """A file of hashes in hexadecimal, one a line, # before comments: pictures that must not become
     samples, by the sha256 of what was downloaded or of the sample, or by a perceptual hash (within
     ``near_duplicates``). In the folder ``data``, a change of it makes DVC run the stage again."""
+    distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
+    """Who hands out the downloads: this process, to ``processes`` of its own, or Ray, to the
+    machines of the cluster that ``RAY_ADDRESS`` names, without it to as many on this one. They all
+    have to see the folder ``runs``; ``allow_addresses`` are those of each of them."""
     processes: Count = 2
     threads: Count = 16
     serve_scenes: bool = True

@@ -30,6 +30,8 @@ def main() -> None:
     rules = importlib.import_module("ldm.ingest.pictures").Rules(**settings.pop("rules"))
     resizer = importlib.import_module("ldm.ingest.resizer").CheckedResizer
     img2dataset.Resizer = partial(resizer, rules=rules)
+    if settings["distributor"] == "ray":
+        importlib.import_module("ldm.ingest.cluster").join(settings["processes_count"])
     img2dataset.download(**settings)
 
 

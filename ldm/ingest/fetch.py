@@ -112,6 +112,7 @@ def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
         "compute_hash": "sha256",
         "extract_exif": False,
         "number_sample_per_shard": job.shard_rows,
+        "distributor": config.distributor,
         "processes_count": min(config.processes, job.shards),
         "thread_count": config.threads,
         "guard": asdict(guard_of(config)),

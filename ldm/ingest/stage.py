@@ -17,6 +17,7 @@ from ldm.ingest.basis import basis_of
 from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.buckets import buckets_of
 from ldm.ingest.card import card
+from ldm.ingest.cluster import expect_distributor
 from ldm.ingest.fetch import fetch
 from ldm.ingest.repack import repack
 from ldm.ingest.report import expect_yield, hashes, line, report, table
@@ -31,7 +32,8 @@ SPLITS = ("train", "validation")
 FETCHED, LOCK, SCRATCH = "fetched", "lock", "scratch"
 
 NOT_IN_BYTES = frozenset(
-    {"timeout_s", "retries", "processes", "threads", "serve_scenes", "min_yield", "blocked"}
+    {"timeout_s", "retries", "distributor", "processes", "threads"}
+    | {"serve_scenes", "min_yield", "blocked"}
 )
 """Settings of how pictures are fetched, not of what is written of them; a file is in the inputs."""
 DISTRUSTED = frozenset({"blocked", "changed content"})
@@ -50,10 +52,12 @@ def ingest(config: Ingest, data: Path, out: Path, runs: Path, *, refetch: bool =
     ``runs/fetched`` keeps what URLs gave (:mod:`ldm.ingest.store`), for the next run, or for this
     one if it is killed; ``out`` is what it would be without. With ``refetch`` every URL is asked.
 
-    Raises :class:`UserError` when a list or the block list is unusable, the download fails, or less
-    than ``config.min_yield`` of a list is kept; an earlier ``out`` then stays as it was. And while
-    another process writes ``out``, or uses these ``runs``.
+    Raises :class:`UserError` when a list or the block list is unusable, Ray is to download and is
+    not installed, the download fails, or less than ``config.min_yield`` of a list is kept; an
+    earlier ``out`` then stays as it was. And while another process writes ``out``, or uses these
+    ``runs``.
     """
+    expect_distributor(config)
     paths = {split: data / f"{split}.csv" for split in SPLITS}
     rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
     sizes = {path: len(rows[split]) for split, path in paths.items()}
