@@ -94,7 +94,7 @@ class LatentCache:
         return len(self._samples)
 
     def key(self, sample: int) -> str:
-        """The name of the sample in the shards, and of its row in the ingest's tables."""
+        """The name of the sample in the shards, a hash of its URL; ``ldm trace`` tells which."""
         return self._samples.key(sample)
 
     def caption(self, sample: int) -> str:
