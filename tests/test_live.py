@@ -89,6 +89,7 @@ def test_a_stopped_run_is_seen_as_such_and_goes_on(
     assert finished.info.run_id == stopped.info.run_id and finished.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_first_stage_is_shown_part_by_part(
     pipeline: Path, images: Path, tmp_path: Path, store: str
 ) -> None:
