@@ -309,7 +309,7 @@ def test_on_ray_the_same_is_fetched_and_refused(
     assert digest_tree(tmp_path / "images") == digest_tree(images)
     again = (tmp_path / "images" / "manifest.json").read_bytes()
     assert again == (images / "manifest.json").read_bytes()
-    assert "Started a local Ray instance" in (tmp_path / ".images.log").read_text()
+    assert "to Ray cluster" in (tmp_path / ".images.log").read_text()
 
 
 def test_dead_list_fails_and_leaves_the_earlier_output(
