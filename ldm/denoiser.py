@@ -52,7 +52,7 @@ class Denoiser(torch.nn.Module):
             texts = self.text_encoder(texts).last_hidden_state
         return denoise(self.unet, latents, timesteps, texts)
 
-    def trained(self) -> dict[str, torch.nn.Parameter]:
+    def trained(self) -> checkpoint.Tensors:
         """The weights that a training changes, by name."""
         return {name: one for name, one in self.named_parameters() if one.requires_grad}
 

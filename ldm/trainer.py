@@ -236,7 +236,7 @@ class Trainer:
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
-        weights: checkpoint.Tensors = dict(self.denoiser.trained())
+        weights = self.denoiser.trained()
         return checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
 
     def _resume(self) -> int:
