@@ -64,13 +64,15 @@ class Model:
     """What else it takes to draw with a checkpoint.
 
     ``unet``: content of its ``config.json``; ``schedule``: scheduler configuration; ``pipeline``
-    and ``revision``: the name of the pipeline with the other parts.
+    and ``revision``: the name of the pipeline with the other parts; ``lora``: where the weights are
+    adapters, what they go with (:class:`ldm.lora.Base`).
     """
 
     unet: dict[str, Any]
     schedule: dict[str, Any]
     pipeline: str
     revision: str | None
+    lora: dict[str, Any] | None = None
 
 
 def describe(run: Path, model: Model) -> None:

@@ -11,9 +11,19 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from ldm import checkpoint
+from ldm.config import Lora
 from ldm.diffusion import FLOW
 from ldm.errors import UserError
-from ldm.models import Encoders, Source, explained, load_encoders, load_part, locate
+from ldm.lora import Adapters, Base
+from ldm.models import (
+    Encoders,
+    Source,
+    digest_weights,
+    explained,
+    load_encoders,
+    load_part,
+    locate,
+)
 from ldm.unet import Network, denoise, run_by
 
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -42,6 +52,16 @@ class Denoiser(torch.nn.Module):
             texts = self.text_encoder(texts).last_hidden_state
         return denoise(self.unet, latents, timesteps, texts)
 
+    def trained(self) -> checkpoint.Tensors:
+        """The weights that a training changes, by name."""
+        return {name: one for name, one in self.named_parameters() if one.requires_grad}
+
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take over values for what is trained; KeyError where they are those of other weights."""
+        if odd := self.trained().keys() ^ weights.keys():
+            raise KeyError(min(odd))
+        self.load_state_dict(weights, strict=False)
+
 
 def load_unet(source: Source, network: str = "ldm") -> Network:
     """The UNet, float32, run by our code or by ``diffusers``'."""
@@ -58,13 +78,28 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     if not (folder / checkpoint.STATE).is_file():
         return load_encoders(source), load_unet(source, network), load_scheduler_config(source)
     model, weights = checkpoint.averaged(folder)
+    encoders = load_encoders(locate(model.pipeline, model.revision))
+    if model.lora is not None:
+        return encoders, _adapted(Base(**model.lora), weights, network), model.schedule
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet)
-    encoders = load_encoders(locate(model.pipeline, model.revision))
     trains_text = any(name.startswith("text_encoder.") for name in weights)
     text_encoder = encoders.text_encoder if trains_text else None
     Denoiser(unet, text_encoder).load_state_dict(weights, assign=True)
     return encoders, run_by(network, unet), model.schedule
+
+
+def _adapted(base: Base, weights: checkpoint.Tensors, network: str) -> Network:
+    """The network that adapters were trained beside, with ``weights``, theirs, merged into it."""
+    unet = load_unet(locate(base.name, base.revision), network)
+    if digest_weights(unet) != base.digest:
+        raise UserError(
+            f"{base.name}: has another UNet than the one that the checkpoint's adapters were "
+            "trained beside; put that one back, or train again"
+        )
+    adapters = Adapters(unet, Lora.model_validate(base.lora))
+    Denoiser(unet).restore(weights)
+    return adapters.merge()
 
 
 def load_scheduler_config(source: Source) -> dict[str, Any]:

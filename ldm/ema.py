@@ -6,7 +6,7 @@ import torch
 
 
 class Ema:
-    """Keeps an average of a module's parameters in float32, on their device.
+    """Keeps an average of a module's trained parameters in float32, on their device.
 
     The decay rises with the optimizer step, ``min(decay, (1 + n) / (10 + n))``, so that a short run
     is not held at its start (as in TensorFlow's ``ExponentialMovingAverage``).
@@ -14,7 +14,8 @@ class Ema:
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
-        self._present = dict(module.named_parameters())
+        named = module.named_parameters()
+        self._present = {name: one for name, one in named if one.requires_grad}
         self.average = {name: one.detach().float().clone() for name, one in self._present.items()}
 
     @torch.no_grad()

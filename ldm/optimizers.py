@@ -16,16 +16,20 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(config: Train, denoiser: Denoiser) -> torch.optim.Optimizer:
-    """The configured one, on all of a denoiser's weights; ``peak`` in a group is its own rate.
+    """The configured one, on what of a denoiser is trained; ``peak`` in a group is its own rate.
 
     UserError if it is of a package that is not installed.
     """
-    groups: Groups = [{"params": list(denoiser.unet.parameters()), "peak": config.learning_rate}]
+    groups: Groups = [{"params": _trained(denoiser.unet), "peak": config.learning_rate}]
     if denoiser.text_encoder is not None:
-        parameters = list(denoiser.text_encoder.parameters())
+        parameters = _trained(denoiser.text_encoder)
         groups.append({"params": parameters, "peak": config.text_learning_rate})
     make = {"adamw": _adamw, "adamw8bit": _adamw8bit, "prodigy": _prodigy}[config.optimizer]
     return make(groups, config.learning_rate, config.weight_decay)
+
+
+def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [one for one in module.parameters() if one.requires_grad]
 
 
 def _adamw(groups: Groups, rate: float, decay: float) -> torch.optim.Optimizer:

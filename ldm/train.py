@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.live import LOCK, Live
 from ldm.locks import held
+from ldm.lora import FOLDER, Adapters, Base
 from ldm.models import digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
@@ -41,8 +43,8 @@ from ldm.trainer import LOG, Trainer
 from ldm.unet import shape_of
 
 DECIDING = (
-    *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "objective", "order"),
-    *("optimizers", "schedule", "trainer", "unet"),
+    *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora", "objective"),
+    *("optimizers", "order", "schedule", "trainer", "unet"),
 )
 """Modules, besides ``ldm.nn``."""
 
@@ -77,18 +79,21 @@ def train(
     cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     unet, schedule = starting_point(config, pretrained, cache, encoders)
-    inputs = {"latents": cache.manifest.digest, "start": digest_weights(unet)}
+    start = digest_weights(unet)
+    inputs = {"latents": cache.manifest.digest, "start": start}
     settings = settings_of_result(config)
     identity: Identity = {"config": settings, "inputs": inputs, "code": _code()}
     if resume is not None:
         identity = continued(identity, resume, changed=changed)
     run = folder_of(runs, identity)
     about = checkpoint.Model(
-        shape_of(unet), schedule, pretrained.pipeline, revision=pretrained.revision
+        *(shape_of(unet), schedule, pretrained.pipeline, pretrained.revision),
+        lora=asdict(Base.of(config, pretrained, start)) if config.lora else None,
     )
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     trained_text = encoders.text_encoder if config.text_learning_rate else None
-    denoiser = Denoiser(unet, trained_text)
+    denoiser = Denoiser(unet, trained_text).requires_grad_(True)
+    adapters = Adapters(unet, config.lora, config.seed) if config.lora else None
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
@@ -114,6 +119,9 @@ def train(
             counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
             log = (run / LOG).read_bytes()
             with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
+                if adapters:
+                    adapters.save(fresh / FOLDER)
+                    adapters.merge()
                 save_pipeline(fresh, encoders, unet, schedule)
                 write_whole(fresh / LOG, log)
             if live:

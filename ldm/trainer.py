@@ -15,6 +15,7 @@ from ldm import checkpoint
 from ldm.config import Train
 from ldm.data import Batch, LatentCache, TrainingBatches, one_ahead, validation_batches
 from ldm.denoiser import Denoiser
+from ldm.draws import DROPOUT, counter_based
 from ldm.ema import Ema
 from ldm.errors import UserError
 from ldm.live import Live
@@ -34,9 +35,10 @@ BANDS = 4
 class Trainer:
     """What a run changes, and its way from the newest checkpoint to the last step.
 
-    ``denoiser`` is trained in place; ``ema`` holds its averaged weights. A run without a checkpoint
-    starts from the newest one of ``earlier``, another run, if that is given. The main process draws
-    ``sheet`` now and then and tells ``live`` of all figures, where they are given.
+    What of ``denoiser`` wants gradients is trained in place; ``ema`` holds the averages. A run
+    without a checkpoint starts from the newest one of ``earlier``, another run, if that is given.
+    The main process draws ``sheet`` now and then and tells ``live`` of all figures, where they are
+    given.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Trainer:
         self.objective = objective.to(accelerator.device)
         self.held_out, self.folder, self.earlier = held_out, run, earlier
         self.sheet, self.live = sheet, live
-        self.denoiser = denoiser.to(accelerator.device).requires_grad_(True).train()
+        self.denoiser = denoiser.to(accelerator.device).train()
         self.prepared, self.optimizer = accelerator.prepare(
             denoiser, make_optimizer(config, denoiser)
         )
@@ -134,8 +136,9 @@ class Trainer:
         """
         accelerator = self.accelerator
         losses = []
-        for _ in range(self.config.accumulation):
+        for part in range(self.config.accumulation):
             batch = next(micro_batches).to(accelerator.device)
+            self._seed_dropout(step * self.config.accumulation + part)
             with accelerator.accumulate(self.prepared), accelerator.autocast():
                 each = self.objective.loss(self.prepared, batch)
                 accelerator.backward(each.mean())
@@ -155,6 +158,12 @@ class Trainer:
         elif accelerator.scaler is None or not math.isfinite(loss):
             self._note_skipped(step, losses, log)
         return round(loss, 6), round(float(norm), 4), stopping > 0
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """What a network draws by itself is a function of the position too."""
+        place = (micro_batch, self.accelerator.process_index)
+        rng = counter_based(self.config.seed, DROPOUT, *place)
+        torch.manual_seed(int(rng.integers(2**63)))
 
     def _note_skipped(self, step: int, losses: list[torch.Tensor], log: RunLog) -> None:
         """Log which samples' losses are not finite, or all of the step's if each one is."""
@@ -229,7 +238,7 @@ class Trainer:
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
-        weights = self.denoiser.state_dict()
+        weights = self.denoiser.trained()
         return checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
 
     def _resume(self) -> int:
@@ -244,7 +253,7 @@ class Trainer:
                 f"{self.earlier}: has taken {found.step} steps; raise train.steps above that"
             )
         try:
-            self.denoiser.load_state_dict(found.weights)
+            self.denoiser.restore(found.weights)
             checkpoint.restore_optimizer(self.optimizer, found.optimizer, self.accelerator.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
             if self.earlier is None:

@@ -12,7 +12,7 @@ from ldm.config.first_stage import (
     VaeTraining,
 )
 from ldm.config.section import Precision, Section
-from ldm.config.training import NoiseSchedule, Train, UnetShape
+from ldm.config.training import Lora, NoiseSchedule, Train, UnetShape
 
 __all__ = [
     "ClipTraining",
@@ -23,6 +23,7 @@ __all__ = [
     "Gate",
     "Ingest",
     "LayoutTraining",
+    "Lora",
     "NoiseSchedule",
     "Params",
     "PartTraining",

@@ -51,6 +51,19 @@ class NoiseSchedule(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters beside layers of the UNet, trained instead of it (arXiv:2106.09685)."""
+
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What an adapter adds counts ``alpha / rank`` times."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear layers and convolutions, by the end of diffusers' names; by default the attention's.
+    ``ff.net.0.proj``, ``ff.net.2``, ``proj_in``, ``proj_out``, ``conv1`` and ``conv2`` are more."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that a step leaves out; each process draws its own."""
+
+
 class Train(Section):
     """The UNet on cached latents."""
 
@@ -61,6 +74,8 @@ class Train(Section):
     """With ``init: random`` alone."""
     noise: NoiseSchedule = NoiseSchedule()
     """With ``init: random`` alone: otherwise the starting model's own scheduler rules."""
+    lora: Lora | None = None
+    """Train adapters and leave the UNet's own weights as they are; null trains all weights."""
     steps: Count = 1800
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
@@ -157,6 +172,19 @@ class Train(Section):
                     f"{name}: is for init random; with init {self.init} the starting model has its "
                     "own; leave it out, or set init to random"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_adapters_adapt(self) -> Self:
+        if self.lora and self.init == "random":
+            raise ValueError(
+                "lora: adapts a trained UNet, of which init random has none; set init to another "
+                "start, or lora to null"
+            )
+        if self.lora and self.text_learning_rate is not None:
+            raise ValueError(
+                "lora: adapts the UNet alone; set text_learning_rate to null, or lora to null"
+            )
         return self
 
     @model_validator(mode="after")

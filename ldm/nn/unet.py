@@ -54,7 +54,7 @@ class Block(nn.Module):
         """One residual block and its transformer, if it has one."""
         if self.recomputes and torch.is_grad_enabled():
             inputs = (number, features, time, states)
-            return checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self._layer, *inputs, use_reentrant=False)
         return self._layer(number, features, time, states)
 
     def _layer(
