@@ -50,12 +50,13 @@ class SampleSheet:
         painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
         return cls(painter, config.sample_prompts or tuple(first), Sampling(compute="auto"))
 
-    def draw(self, run: Path, step: int) -> Path:
-        """Write ``samples-NNNNNNNN.png`` into the run's folder."""
+    def draw(self, run: Path, step: int, *, writes: bool = True) -> Path:
+        """Write ``samples-NNNNNNNN.png`` into the run's folder; or draw it only, for another."""
         requests = [Request(prompt, number) for number, prompt in enumerate(self.prompts)]
         pictures = list(self.painter.draw(requests, self.sampling))
         marks = [None] * len(pictures)
         sheet = captioned_grid(pictures, self.prompts, marks, COLUMNS)
         path = run / f"samples-{step:08d}.png"
-        write_whole(path, encode_png(sheet))
+        if writes:
+            write_whole(path, encode_png(sheet))
         return path

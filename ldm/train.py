@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm import checkpoint
+from ldm import checkpoint, fsdp
 from ldm.artifacts import digest_file, opening, write_whole, writing
 from ldm.config import Pretrained, Registry, Train
 from ldm.data import LatentCache
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoiser, load_model
 from ldm.device import device_of, has_bfloat16, only_deterministic
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
-from ldm.models import digest_weights, load_encoders, locate
+from ldm.models import Source, digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
@@ -44,7 +44,7 @@ from ldm.unet import shape_of
 
 DECIDING = (
     *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora", "objective"),
-    *("optimizers", "order", "schedule", "trainer", "unet"),
+    *("fsdp", "optimizers", "order", "schedule", "trainer", "unet"),
 )
 """Modules, besides ``ldm.nn``."""
 
@@ -73,6 +73,8 @@ def train(
         only_deterministic()
     device = device_of()
     config = settled_training(config, device)
+    if sharded := fsdp.asked():
+        fsdp.check(config)
     accelerator = accelerator_for(config, device)
     _check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
@@ -111,11 +113,15 @@ def train(
             earlier=resume,
             sheet=SampleSheet.of(config, held_out, encoders, unet, schedule),
             live=live,
+            sharded=sharded,
         )
         if not trainer.run(termination):
             sys.exit(termination.exit_code)
         if main:
-            trainer.ema.swap()
+            if sharded:
+                encoders, unet, schedule = load_model(Source(str(checkpoint.folders(run)[-1])))
+            else:
+                trainer.ema.swap()
             counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
             log = (run / LOG).read_bytes()
             with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ldm import checkpoint
+from ldm import checkpoint, fsdp
 from ldm.config import Train
 from ldm.data import Batch, LatentCache, TrainingBatches, one_ahead, validation_batches
 from ldm.denoiser import Denoiser
@@ -38,7 +38,7 @@ class Trainer:
     What of ``denoiser`` wants gradients is trained in place; ``ema`` holds the averages. A run
     without a checkpoint starts from the newest one of ``earlier``, another run, if that is given.
     The main process draws ``sheet`` now and then and tells ``live`` of all figures, where they are
-    given.
+    given. ``sharded`` spreads all that over the processes (see :mod:`ldm.fsdp`).
     """
 
     def __init__(
@@ -54,15 +54,21 @@ class Trainer:
         earlier: Path | None = None,
         sheet: SampleSheet | None = None,
         live: Live | None = None,
+        sharded: bool = False,
     ) -> None:
         self.accelerator, self.config = accelerator, config
         self.objective = objective.to(accelerator.device)
         self.held_out, self.folder, self.earlier = held_out, run, earlier
-        self.sheet, self.live = sheet, live
-        self.denoiser = denoiser.to(accelerator.device).train()
-        self.prepared, self.optimizer = accelerator.prepare(
-            denoiser, make_optimizer(config, denoiser)
-        )
+        self.sheet, self.live, self.sharded = sheet, live, sharded
+        self.denoiser = denoiser.train()
+        if sharded:
+            self.prepared: torch.nn.Module = fsdp.spread(denoiser, accelerator.device)
+            self.optimizer = accelerator.prepare(make_optimizer(config, denoiser))
+        else:
+            denoiser.to(accelerator.device)
+            self.prepared, self.optimizer = accelerator.prepare(
+                denoiser, make_optimizer(config, denoiser)
+            )
         self.parameters = list(self.prepared.parameters())
         self.ema = Ema(denoiser, config.ema_decay)
         self.batches = TrainingBatches(
@@ -87,6 +93,7 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         first = self._resume()
+        takes_part = main or self.sharded  # In what needs whole weights.
         log = RunLog(self.folder / LOG, first, writes=main, live=self.live)
         micro_batches = self.micro_batches(first)
         steps = range(first, config.steps)
@@ -107,9 +114,9 @@ class Trainer:
                     validated = self._validate()
                     log.write({"step": done, **validated})
                     val_loss = validated["val_loss"]
-                if main and (last or stopping or done % config.checkpoint_every == 0):
-                    saver.save(self._checkpoint(done, val_loss))
-                if main and self.sheet and done % (config.sample_every or done + 1) == 0:
+                if takes_part and (last or stopping or done % config.checkpoint_every == 0):
+                    self._save(saver, done, val_loss)
+                if takes_part and self.sheet and done % (config.sample_every or done + 1) == 0:
                     self._draw(done)
                 bar.update(size)
                 if stopping and not last:
@@ -213,7 +220,8 @@ class Trainer:
         assert self.sheet is not None
         self.ema.swap()
         self.denoiser.eval()
-        sheet = self.sheet.draw(self.folder, step)
+        main = self.accelerator.is_main_process
+        sheet = self.sheet.draw(self.folder, step, writes=main)
         self.denoiser.train()
         self.ema.swap()
         if self.live:
@@ -236,10 +244,16 @@ class Trainer:
         )
         return iter(loader) if config.workers else one_ahead(iter(loader))
 
+    def _save(self, saver: checkpoint.Saver, step: int, val_loss: float | None) -> None:
+        state = self._checkpoint(step, val_loss)
+        if self.accelerator.is_main_process:
+            saver.save(state)
+
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
         weights = self.denoiser.trained()
-        return checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
+        state = checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
+        return fsdp.gathered(state) if self.sharded else state
 
     def _resume(self) -> int:
         """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
@@ -253,6 +267,8 @@ class Trainer:
                 f"{self.earlier}: has taken {found.step} steps; raise train.steps above that"
             )
         try:
+            if self.sharded:
+                found = fsdp.scattered(found, self.denoiser, self.optimizer)
             self.denoiser.restore(found.weights)
             checkpoint.restore_optimizer(self.optimizer, found.optimizer, self.accelerator.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
