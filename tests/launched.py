@@ -23,6 +23,8 @@ def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object
     command += ["--runs", str(folder / "runs"), "--set", f"pretrained.pipeline={pipeline}"]
     if experiment := overrides.pop("experiment", None):
         command += ["--set", f"registry.experiment={experiment}"]
+    if network := overrides.pop("network", None):
+        command += ["--set", f"pretrained.network={network}"]
     for key, value in overrides.items():
         command += ["--set", f"train.{key}={value}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
