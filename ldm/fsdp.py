@@ -94,7 +94,7 @@ def gathered(state: Checkpoint) -> Checkpoint:
                 whole = whole.full_tensor()
             if first:
                 found[name] = whole.cpu()
-    return replace(state, **parts)
+    return Checkpoint(state.step, **parts, val_loss=state.val_loss)
 
 
 def scattered(

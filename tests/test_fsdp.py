@@ -26,8 +26,9 @@ from tests.test_kills import has_done, kill_group, terminate
 from tests.test_train import run_here
 
 SPREAD = {"accelerate": "infra/accelerate/cpu-fsdp.yaml"}
-SETTINGS: dict[str, Any] = {"steps": 16, "checkpoint_every": 8, "validate_every": 8}
+SETTINGS: dict[str, Any] = {"steps": 16, "checkpoint_every": 8, "validate_every": 5}
 SETTINGS |= {"log_every": 1, "accumulation": 2}
+"""A step that validates is none that saves: saving would free what validation put together."""
 SHEET = {"sample_every": 8, "sample_prompts": "[a red star]"}
 CLOSE = {"weights": 2e-5, "ema": 2e-5, "optimizer": 1e-7}
 """How far, at most, the order of sums moves a number of each part of a checkpoint."""
