@@ -140,6 +140,7 @@ def test_a_checkpoint_goes_on_under_another_number_of_processes(
     [
         ({"optimizer": "prodigy", "learning_rate": 1.0}, "optimizer prodigy: .*set it to adamw"),
         ({"optimizer": "adamw8bit"}, "optimizer adamw8bit: .*set it to adamw"),
+        ({"lora": {}}, "lora: .*set it to null"),
         ({"mixed_precision": "fp16"}, "mixed_precision fp16: .*set it to bf16 or no"),
         ({"compile": True}, "compile: .*set it to false, or leave the weights whole"),
     ],
