@@ -30,10 +30,10 @@ export WANDB_MODE := disabled
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow lint format tiny bench clean
+.PHONY: help setup demo test test-slow test-big lint format tiny bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # The locked packages. torch comes first and with its dependencies, because a CUDA build needs
 # nvidia packages that the lock does not name; it brings the locked setuptools, which builds the
@@ -71,6 +71,9 @@ test: $(VENV)/.installed ## run the tests; ARGS="-m 'not slow'" for the quick on
 
 test-slow: $(VENV)/.installed ## what is killed anywhere, again and again
 	$(BIN)/python -m pytest -m kills $(ARGS)
+
+test-big: $(VENV)/.installed ## the preset sd14 at its size: 24 GB of memory, 45 of disk
+	$(BIN)/python -m pytest -m big $(ARGS)
 
 lint: $(VENV)/.installed ## check style and types
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, write_json
 from ldm.errors import UserError
+from ldm.memory import available
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
@@ -47,15 +48,14 @@ class Checkpoint:
     val_loss: float | None = None
     random: Tensors = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """In bytes, of all tensors."""
+        return sum(one.nbytes for part in PARTS for one in getattr(self, part).values())
+
     def copied(self) -> Checkpoint:
         """The same state in memory of its own, on the CPU."""
-        parts = {
-            part: {
-                name: tensor.detach().to("cpu", copy=True).contiguous()
-                for name, tensor in getattr(self, part).items()
-            }
-            for part in PARTS
-        }
+        parts = {part: _on_cpu(getattr(self, part), copy=True) for part in PARTS}
         return Checkpoint(self.step, **parts, val_loss=self.val_loss)
 
 
@@ -121,12 +121,19 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for part in PARTS:
         if tensors := getattr(checkpoint, part):
             path = folder / f"{part}.safetensors"
-            save_file(tensors, path)
+            save_file(_on_cpu(tensors), path)
             _sync(path)
             files[path.name] = digest_file(path)
     state = {"step": checkpoint.step, "val_loss": checkpoint.val_loss, "files": files}
     write_json(folder / STATE, state)
     _sync(folder)
+
+
+def _on_cpu(tensors: Tensors, *, copy: bool = False) -> Tensors:
+    """As a file takes them; in memory of their own with ``copy``, else where that can be spared."""
+    return {
+        name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()
+    }
 
 
 def _prune(run: Path, keep: int) -> None:
@@ -197,7 +204,7 @@ def damage_of(folder: Path) -> str | None:
 class Saver:
     """Writes checkpoints beside the training, one at a time.
 
-    An error of writing is raised by the next call, or on leaving.
+    An error of writing is raised at once, by the next call, or on leaving.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -214,10 +221,17 @@ class Saver:
         finally:
             self._pool.shutdown()
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Copy the state and return; it is written while the training goes on."""
+    def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
+        """Copy the state and return; it is written while the training goes on.
+
+        The ``last`` one, which nothing changes any more, is written from where it is. So is one
+        whose copy would leave no room for the next step, which takes no more than that itself.
+        """
         self.wait()
-        self._pending = self._pool.submit(save, self._run, checkpoint.copied(), self._keep)
+        if last or available() < 2 * checkpoint.size:
+            save(self._run, checkpoint, self._keep)
+        else:
+            self._pending = self._pool.submit(save, self._run, checkpoint.copied(), self._keep)
 
     def wait(self) -> None:
         """Until the last one is on disk."""

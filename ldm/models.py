@@ -9,6 +9,7 @@ folder is in Stable Diffusion layout: ``vae``, ``text_encoder``, ``tokenizer``, 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,7 +136,10 @@ def explained(source: Source, part: str | None) -> Iterator[None]:
     """UserError where a part cannot be loaded."""
     where = source.name or source.location
     try:
-        yield
+        with warnings.catch_warnings():
+            # An argument that the hub's client has dropped and diffusers still gives.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

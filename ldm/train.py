@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 
 from ldm import checkpoint, fsdp
 from ldm.artifacts import digest_file, opening, write_whole, writing
@@ -184,6 +185,8 @@ def accelerator_for(config: Train, device: torch.device) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
+        # A step uses each weight once. To keep what it is in bfloat16 would only take memory.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
 
 

@@ -115,7 +115,7 @@ class Trainer:
                     log.write({"step": done, **validated})
                     val_loss = validated["val_loss"]
                 if takes_part and (last or stopping or done % config.checkpoint_every == 0):
-                    self._save(saver, done, val_loss)
+                    self._save(saver, done, val_loss, last=last or stopping)
                 if takes_part and self.sheet and done % (config.sample_every or done + 1) == 0:
                     self._draw(done)
                 bar.update(size)
@@ -199,7 +199,7 @@ class Trainer:
         for own, count in validation_batches(
             self.held_out,
             seed=self.config.seed,
-            batch_size=self.config.batch_size,
+            batch_size=self.batches.batch_size,
             timesteps=len(self.objective.levels),
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -244,10 +244,12 @@ class Trainer:
         )
         return iter(loader) if config.workers else one_ahead(iter(loader))
 
-    def _save(self, saver: checkpoint.Saver, step: int, val_loss: float | None) -> None:
+    def _save(
+        self, saver: checkpoint.Saver, step: int, val_loss: float | None, *, last: bool
+    ) -> None:
         state = self._checkpoint(step, val_loss)
         if self.accelerator.is_main_process:
-            saver.save(state)
+            saver.save(state, last=last)
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)

@@ -123,6 +123,8 @@ class Train(Section):
     speed."""
     seed: int = 0
     workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that load batches. On a CPU they take the memory of the weights and their average
+    once more, as these were when they started; 0: the training loads them itself."""
     log_every: Count = 20
     validate_every: Count = 200
     checkpoint_every: Count = 200

@@ -111,8 +111,9 @@ class Loop:
                     shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
                     shown += [f"lr {rate:.1e}", f"gradient {norm:.2f}"]
                     bar.set_postfix_str(", ".join(shown), refresh=False)
-                if done == steps or stopping or done % self.run.checkpoint_every == 0:
-                    saver.save(self._checkpoint(done))
+                last = done == steps or stopping
+                if last or done % self.run.checkpoint_every == 0:
+                    saver.save(self._checkpoint(done), last=last)
                 if sheet and done % (self.run.sheet_every or done + 1) == 0:
                     self._show(sheet(), done)
                 if stopping:
