@@ -77,7 +77,8 @@ def _write_pipeline(folder: Path, size: Size) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    old = {"_diffusers_version": "0.2.2"}
+    # Of one so old and smaller, diffusers takes it that its size is a mistake, and says 512 pixels.
+    old = {"_diffusers_version": "0.2.2" if size.side == 512 else "0.9.0"}
     _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **old, **parts})
     for part in parts:
         (folder / part).mkdir()
