@@ -69,7 +69,7 @@ demo: $(VENV)/.installed ## the whole way on embedded data: scenes, retraining, 
 test: $(VENV)/.installed ## run the tests; ARGS="-m 'not slow'" for the quick ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(VENV)/.installed ## what is killed anywhere, again and again
+test-slow: $(VENV)/.installed ## what runs in several processes, or is killed again and again
 	$(BIN)/python -m pytest -m kills $(ARGS)
 
 test-big: $(VENV)/.installed ## the preset sd14 at its size: 24 GB of memory, 45 of disk

@@ -74,7 +74,7 @@ def last(folder: Path) -> Path:
     return max(folder.glob("runs/*/step-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_two_processes_that_share_the_weights_do_what_one_does(spread: Path, alone: Path) -> None:
     assert_alike(spread, alone)
     (drawn,), (same,) = (folder.glob("runs/*/samples-00000016.png") for folder in (spread, alone))
@@ -86,7 +86,7 @@ def test_two_processes_that_share_the_weights_do_what_one_does(spread: Path, alo
         assert torch.equal(tensor, average[f"unet.{name}"])
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_so_does_diffusers_network_with_a_text_encoder(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +101,7 @@ def test_so_does_diffusers_network_with_a_text_encoder(
     torch.testing.assert_close(*texts, rtol=1e-3, atol=CLOSE["ema"])
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_stopped_and_killed_it_ends_in_the_same_bytes(
     pipeline: Path, latents: Path, tmp_path: Path, spread: Path
 ) -> None:
@@ -116,7 +116,7 @@ def test_stopped_and_killed_it_ends_in_the_same_bytes(
     assert killed.files == straight.files
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize(
     ("first", "then"), [("spread", "cpu"), ("spread", "cpu-ddp"), ("alone", "cpu-fsdp")]
 )

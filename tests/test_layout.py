@@ -105,7 +105,7 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
-KEEPING = {"checkpoint", "models", "request", "run_log", "shards", "termination"}
+KEEPING = {"checkpoint", "memory", "models", "request", "run_log", "shards", "termination"}
 """What stores and reads, and is verified: weights, shards and states by their digests."""
 
 
