@@ -72,7 +72,9 @@ def test_figures_sheets_and_the_end(
     assert opening(quiet, "model", "train").digest == digest
 
 
-@pytest.mark.parametrize(("way", "code"), [(kill_trainer, 137), (terminate, 143)])
+@pytest.mark.parametrize(
+    ("way", "code"), [(kill_trainer, 137), pytest.param(terminate, 143, marks=pytest.mark.kills)]
+)
 def test_a_stopped_run_is_seen_as_such_and_goes_on(
     pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int
 ) -> None:

@@ -232,7 +232,7 @@ def finish(process: Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [TWO, THREE])
+@pytest.mark.parametrize("processes", [TWO, pytest.param(THREE, marks=pytest.mark.kills)])
 def test_any_number_of_processes_write_the_same_bytes(
     pipeline: Path, tmp_path: Path, processes: int
 ) -> None:
