@@ -71,8 +71,10 @@ def serving(
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()  # A test that fails would leave it busy with a closed socket.
 
 
 def write_list(path: Path, columns: str, rows: Sequence[Sequence[object]]) -> None:

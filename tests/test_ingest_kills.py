@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
@@ -37,7 +38,8 @@ def kill_ldm(process: Popen[bytes]) -> None:
 
 
 def kill_group(process: Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class Project:
@@ -86,6 +88,11 @@ def moments(project: Project, lot: random.Random) -> list[Callable[[], bool]]:
     ]
 
 
+def come_or_gone(moment: Callable[[], bool], process: Popen[bytes]) -> bool:
+    """What a killed run downloaded may be all that there is: the next one then ends unseen."""
+    return moment() or process.poll() is not None
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_ingest_goes_on(tmp_path: Path, seed: int) -> None:
     lot = random.Random(seed)
@@ -103,10 +110,10 @@ def test_a_killed_ingest_goes_on(tmp_path: Path, seed: int) -> None:
         project.asked.clear()
         for moment in moments(project, lot):
             process = project.launch()
-            wait_for(moment, process)
+            wait_for(partial(come_or_gone, moment, process), process)
             time.sleep(lot.uniform(0, 0.1))
             lot.choice((kill_ldm, kill_group))(process)
-            assert process.wait() == -signal.SIGKILL
+            assert process.wait() in (-signal.SIGKILL, 0)
             opening(project.out, "images", "ingest")
             assert digest_tree(project.out) in (earlier, last)
         assert project.launch().wait() == 0
