@@ -78,7 +78,8 @@ def test_figures_sheets_and_the_end(
 def test_a_stopped_run_is_seen_as_such_and_goes_on(
     pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int
 ) -> None:
-    settings = {"track": True, "experiment": tmp_path.name}
+    # Long enough for MLflow to make its store meanwhile.
+    settings = {"track": True, "experiment": tmp_path.name, "steps": 200}
     process = launch(pipeline, latents, tmp_path, **settings)
     wait_for(partial(has_done, tmp_path, 4), process)
     wait_for(lambda: shown(store, tmp_path), process)
@@ -96,7 +97,7 @@ def test_a_first_stage_is_shown_part_by_part(
     pipeline: Path, images: Path, tmp_path: Path, store: str
 ) -> None:
     """Killed once on its way."""
-    steps, settings = 40, {"track": True, "experiment": tmp_path.name}
+    steps, settings = 80, {"track": True, "experiment": tmp_path.name}
     process = parts.launch(pipeline, images, tmp_path, steps, **settings)
     wait_for(lambda: shown(store, tmp_path), process)
     wait_for(lambda: parts.steps_done(tmp_path) >= 12, process)
