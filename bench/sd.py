@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.compare import compare
+from bench.loops import Precision, bare, encoding
 from bench.synthetic import write_latents
 from ldm.config import NoiseSchedule, Train
 from ldm.data import Batch, LatentCache
@@ -92,23 +94,9 @@ def random_batch(size: Size, pictures: int) -> Batch:
     return Batch(latents, noise, texts, torch.randint(0, 1000, (pictures,), device=DEVICE))
 
 
-def bare(
-    unet: torch.nn.Module, batches: Callable[[], Batch], precision: torch.dtype | None
-) -> Callable[[], None]:
-    """A step that does what it must: forward, backward, clipping, AdamW."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, fused=True)
-
-    def step() -> None:
-        batch = batches()
-        with torch.autocast(DEVICE.type, precision) if precision else nullcontext():
-            output = denoise(unet, batch.latents, batch.timesteps, batch.texts)
-            loss = torch.nn.functional.mse_loss(output.float(), batch.noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def in_bfloat16() -> AbstractContextManager[Any]:
+    """What all but the first rungs compute in."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 def ladder(unet: Network, size: Size) -> None:
@@ -119,7 +107,7 @@ def ladder(unet: Network, size: Size) -> None:
         f"{'':>36} {'batch':>6} {'pictures/s':>11} {'MFU':>6} {'memory':>8}"
     )
 
-    def rung(name: str, pictures: int, precision: torch.dtype | None = torch.bfloat16) -> None:
+    def rung(name: str, pictures: int, precision: Precision = in_bfloat16) -> None:
         batch = random_batch(size, pictures)
         speed, memory = measured(bare(unet, lambda: batch, precision), pictures)
         share = f"{speed * flops / peak:6.1%}" if peak else f"{'-':>6}"
@@ -129,8 +117,8 @@ def ladder(unet: Network, size: Size) -> None:
     torch.compiler.reset()
     unet._compiled_call_impl = None
     with sdpa_kernel(SDPBackend.MATH):
-        rung("float32, attention by its formula", size.plain, None)
-    rung("+ fused attention (SDPA)", size.plain, None)
+        rung("float32, attention by its formula", size.plain, nullcontext)
+    rung("+ fused attention (SDPA)", size.plain, nullcontext)
     rung("+ bfloat16 (autocast)", size.plain)
     rung("+ full batch", size.full)
     lay_out(unet, torch.channels_last)
@@ -203,11 +191,11 @@ def comparisons(unet: Network, size: Size, folder: Path) -> None:
         return run
 
     fixed = random_batch(size, size.full)
-    plain = loop(bare(unet, lambda: fixed, torch.bfloat16))
+    plain = loop(bare(unet, lambda: fixed, in_bfloat16))
     with training(unet, size, folder) as step:
         ours = loop(step)
         compare(f"{title}: pictures/s", ("bare loop", plain), ("ldm train", ours), pictures, 3)
-        online = loop(bare(unet, encoding(size), torch.bfloat16))
+        online = loop(bare(unet, encoding_at(size), in_bfloat16))
         compare(f"{title}: pictures/s", ("encoding", online), ("ldm train", ours), pictures, 3)
 
 
@@ -227,8 +215,8 @@ def training(unet: Network, size: Size, folder: Path) -> Iterator[Callable[[], o
     yield lambda: trainer.step(next(numbers), micro_batches, Termination(), log)
 
 
-def encoding(size: Size) -> Callable[[], Batch]:
-    """A batch as the usual scripts make it: VAE and CLIP in bfloat16 at every step."""
+def encoding_at(size: Size) -> Callable[[], Batch]:
+    """Batches by a VAE and a CLIP of Stable Diffusion's size, in bfloat16."""
     widths = (32, 32, 32, 32) if SMALL else (128, 256, 512, 512)
     with DEVICE:
         vae = AutoencoderKL(
@@ -244,16 +232,7 @@ def encoding(size: Size) -> Callable[[], Batch]:
         clip = CLIPTextModel(text).to(torch.bfloat16)
     pictures = torch.randn(size.full, 3, size.pixels, size.pixels, device=DEVICE)
     ids = torch.randint(0, 49406, (size.full, TOKENS), device=DEVICE)
-
-    @torch.no_grad()
-    def batch() -> Batch:
-        posterior = vae.encode(pictures.to(torch.bfloat16)).latent_dist
-        latents = posterior.sample() * vae.config["scaling_factor"]
-        states = clip(ids).last_hidden_state
-        timesteps = torch.randint(0, 1000, (size.full,), device=DEVICE)
-        return Batch(latents.float(), torch.randn_like(latents).float(), states, timesteps)
-
-    return batch
+    return encoding(vae, clip, pictures, ids, nullcontext)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from bench.compare import compare
+from bench.loops import bare, encoding
 from ldm.checkpoint import Saver
 from ldm.config import Pretrained, Train
 from ldm.data import Batch, LatentCache
@@ -31,7 +34,6 @@ from ldm.run_log import RunLog
 from ldm.termination import Termination
 from ldm.train import accelerator_for, settled_training
 from ldm.trainer import LOG, Trainer
-from ldm.unet import denoise
 
 LATENTS = Path("artifacts/latents")
 BATCH, ROUNDS, STEPS, SIDE = 64, 7, 20, 64
@@ -46,8 +48,8 @@ def main() -> None:
         trainer = trainer_in(Path(run))
         ours = ("ldm train", steps_of(trainer, Path(run)))
         fixed = trainer.batches[0].to(DEVICE)
-        compare(title, ("bare loop", bare(lambda: fixed)), ours, STEPS * BATCH, ROUNDS)
-        compare(title, ("encoding", bare(encoding())), ours, STEPS * BATCH, 3)
+        compare(title, ("bare loop", repeated(lambda: fixed)), ours, STEPS * BATCH, ROUNDS)
+        compare(title, ("encoding", repeated(encoding_tiny())), ours, STEPS * BATCH, 3)
         saving = ("with a checkpoint", saved(trainer, ours[1], Path(run)))
         compare(title, ("ldm train", ours[1]), saving, STEPS * BATCH, ROUNDS)
         print(
@@ -80,42 +82,29 @@ def steps_of(trainer: Trainer, run: Path) -> Callable[[], None]:
     return ours
 
 
-def bare(batches: Callable[[], Batch]) -> Callable[[], None]:
-    """Forward, backward, clipping and AdamW on a UNet of its own, ``STEPS`` times."""
-    unet = load_unet(SOURCE).to(DEVICE).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
+def repeated(batches: Callable[[], Batch]) -> Callable[[], None]:
+    """The bare step on a UNet of its own, ``STEPS`` times."""
+    step = bare(load_unet(SOURCE).to(DEVICE).train(), batches, in_precision)
 
     def run() -> None:
         for _ in range(STEPS):
-            batch = batches()
-            with autocast(DEVICE, "auto"):
-                output = denoise(unet, batch.latents, batch.timesteps, batch.texts)
-                loss = torch.nn.functional.mse_loss(output.float(), batch.noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step()
 
     return run
 
 
-def encoding() -> Callable[[], Batch]:
-    """A batch as the usual fine-tuning scripts make it: by VAE and CLIP at every step."""
+def in_precision() -> AbstractContextManager[Any]:
+    """What the trainer computes in by default."""
+    return autocast(DEVICE, "auto")
+
+
+def encoding_tiny() -> Callable[[], Batch]:
+    """Batches by the encoders of ``tiny``."""
     encoders = load_encoders(SOURCE)
     vae, clip = encoders.vae.to(DEVICE), encoders.text_encoder.to(DEVICE)
     pictures = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
     ids = torch.randint(0, 700, (BATCH, encoders.tokenizer.model_max_length), device=DEVICE)
-
-    @torch.no_grad()
-    def batch() -> Batch:
-        with autocast(DEVICE, "auto"):
-            latents = vae.encode(pictures).latent_dist.sample() * vae.config["scaling_factor"]
-            states = clip(ids).last_hidden_state
-        timesteps = torch.randint(0, 1000, (BATCH,), device=DEVICE)
-        latents = latents.float()
-        return Batch(latents, torch.randn_like(latents), states.float(), timesteps)
-
-    return batch
+    return encoding(vae, clip, pictures, ids, in_precision)
 
 
 def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[], None]:
