@@ -95,7 +95,7 @@ def chain(
 ) -> Iterator[Chain]:
     """Up to the trained model."""
     if request.param == "sd14" and available() < ROOM_MIB * 2**20:
-        pytest.skip(f"less than {ROOM_MIB // 1024} GiB of memory are free")
+        pytest.fail(f"less than {ROOM_MIB // 1024} GiB of memory are free")
     made = Chain(tmp_path_factory.mktemp(request.param), SIZES[request.param])
     try:
         with pytest.MonkeyPatch.context() as patch:
