@@ -1,4 +1,4 @@
-"""``python -m bench [NAME ...]``: every comparison that needs no GPU, or those named."""
+"""``python -m bench [NAME ...]``: all that need neither a GPU nor half an hour, or those named."""
 
 import sys
 from importlib import import_module
@@ -6,10 +6,10 @@ from importlib import import_module
 from ldm.quiet import quieten
 
 NAMES = ("trainer", "network", "generation", "data")
-ON_GPU = ("sd",)
+ELSE = ("sd", "seeds")
 
 quieten()
 for name in [one for one in sys.argv[1:] if one != "--small"] or NAMES:
-    if name not in NAMES + ON_GPU:
-        sys.exit(f"bench: no comparison {name!r}; there are {', '.join(NAMES + ON_GPU)}")
+    if name not in NAMES + ELSE:
+        sys.exit(f"bench: no comparison {name!r}; there are {', '.join(NAMES + ELSE)}")
     import_module(f"bench.{name}").main()

@@ -23,7 +23,6 @@ import torch
 
 from bench.compare import compare
 from bench.loops import bare, encoding
-from ldm.checkpoint import Saver
 from ldm.config import Pretrained, Train
 from ldm.data import Batch, LatentCache
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
@@ -31,6 +30,7 @@ from ldm.device import autocast, device_of
 from ldm.models import load_encoders, locate
 from ldm.objective import Objective
 from ldm.run_log import RunLog
+from ldm.saver import Saver
 from ldm.termination import Termination
 from ldm.train import accelerator_for, settled_training
 from ldm.trainer import LOG, Trainer

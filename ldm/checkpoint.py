@@ -12,10 +12,9 @@ import json
 import math
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, write_json
 from ldm.errors import UserError
-from ldm.memory import available
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
@@ -199,45 +197,6 @@ def damage_of(folder: Path) -> str | None:
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return f"{folder / name} is missing or altered"
     return None
-
-
-class Saver:
-    """Writes checkpoints beside the training, one at a time.
-
-    An error of writing is raised at once, by the next call, or on leaving.
-    """
-
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[Path] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self._pool.shutdown()
-
-    def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
-        """Copy the state and return; it is written while the training goes on.
-
-        The ``last`` one, which nothing changes any more, is written from where it is. So is one
-        whose copy would leave no room for the next step, which takes no more than that itself.
-        """
-        self.wait()
-        if last or available() < 2 * checkpoint.size:
-            save(self._run, checkpoint, self._keep)
-        else:
-            self._pending = self._pool.submit(save, self._run, checkpoint.copied(), self._keep)
-
-    def wait(self) -> None:
-        """Until the last one is on disk."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
 
 
 def optimizer_tensors(

@@ -158,9 +158,10 @@ class TrainingBatches(Dataset[Batch]):
 
     def at(self, positions: range) -> Batch:
         """The batch of these positions. All are asked of the disk before one is waited for."""
-        for position in positions:
-            self.cache.expect(self.order.sample(position))
-        return _stack([self._row(position) for position in positions])
+        shown = [(position, self.order.sample(position)) for position in positions]
+        for _, sample in shown:
+            self.cache.expect(sample)
+        return _stack([self._row(position, sample) for position, sample in shown])
 
     def keys(self, step: int) -> list[str]:
         """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
@@ -169,8 +170,7 @@ class TrainingBatches(Dataset[Batch]):
         first = step * len(places)
         return [self.cache.key(self.order.sample(first + int(at))) for at in by_process.flat]
 
-    def _row(self, position: int) -> Row:
-        sample = self.order.sample(position)
+    def _row(self, position: int, sample: int) -> Row:
         rng = counter_based(self.seed, TRAIN, position)
         latents = self.cache.latents(sample, rng)
         noise = rng.standard_normal(latents.shape, dtype=np.float32)

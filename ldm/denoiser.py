@@ -52,15 +52,16 @@ class Denoiser(torch.nn.Module):
             texts = self.text_encoder(texts).last_hidden_state
         return denoise(self.unet, latents, timesteps, texts)
 
-    def trained(self) -> checkpoint.Tensors:
-        """The weights that a training changes, by name."""
-        return {name: one for name, one in self.named_parameters() if one.requires_grad}
-
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take over values for what is trained; KeyError where they are those of other weights."""
-        if odd := self.trained().keys() ^ weights.keys():
+        if odd := trained(self).keys() ^ weights.keys():
             raise KeyError(min(odd))
         self.load_state_dict(weights, strict=False)
+
+
+def trained(module: torch.nn.Module) -> checkpoint.Tensors:
+    """The weights that a training changes, by name: those that want gradients."""
+    return {name: one for name, one in module.named_parameters() if one.requires_grad}
 
 
 def load_unet(source: Source, network: str = "ldm") -> Network:

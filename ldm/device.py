@@ -59,7 +59,6 @@ def only_deterministic() -> None:
     What has no such way there raises RuntimeError. Call it before CUDA is used.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS shares its buffers out by chance.
-    torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     # We read no memory that we did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

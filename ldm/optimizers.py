@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ldm.config import Train
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoiser, trained
 from ldm.errors import UserError
 
 Groups = list[dict[str, Any]]
@@ -20,16 +20,13 @@ def make_optimizer(config: Train, denoiser: Denoiser) -> torch.optim.Optimizer:
 
     UserError if it is of a package that is not installed.
     """
-    groups: Groups = [{"params": _trained(denoiser.unet), "peak": config.learning_rate}]
-    if denoiser.text_encoder is not None:
-        parameters = _trained(denoiser.text_encoder)
-        groups.append({"params": parameters, "peak": config.text_learning_rate})
+    peaks = {"unet": config.learning_rate, "text_encoder": config.text_learning_rate}
+    groups: Groups = [
+        {"params": list(trained(network).values()), "peak": peaks[name]}
+        for name, network in denoiser.named_children()
+    ]
     make = {"adamw": _adamw, "adamw8bit": _adamw8bit, "prodigy": _prodigy}[config.optimizer]
     return make(groups, config.learning_rate, config.weight_decay)
-
-
-def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [one for one in module.parameters() if one.requires_grad]
 
 
 def _adamw(groups: Groups, rate: float, decay: float) -> torch.optim.Optimizer:

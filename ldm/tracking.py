@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
+from ldm.locks import held
 from ldm.quiet import quieten
 
 if TYPE_CHECKING:
@@ -57,15 +58,15 @@ def tracking_uri(configured: str) -> str:
 
 def may_exist(uri: str) -> bool:
     """False for a database that is not there: connecting would make it."""
-    database = uri.removeprefix(SQLITE)
-    return database == uri or Path(database).is_file()
+    database = _database(uri)
+    return database is None or database.is_file()
 
 
 def connect(uri: str) -> MlflowClient:
     """A client of the tracking server and registry at ``uri``, which this process then uses.
 
-    A relative sqlite path is taken from the working directory and made absolute. Raises
-    :class:`UserError` when nothing answers there.
+    A relative sqlite path is taken from the working directory and made absolute; a database that is
+    not there is made. Raises :class:`UserError` when nothing answers there.
     """
     quieten()
     for name, value in SETTINGS.items():
@@ -79,6 +80,7 @@ def connect(uri: str) -> MlflowClient:
         mlflow.set_tracking_uri(absolute)
     mlflow.set_registry_uri(absolute)
     try:
+        _make_database(absolute)
         client = mlflow.MlflowClient()
         with _environment_kept("MLFLOW_HTTP_REQUEST_TIMEOUT"):
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", PROBE_TIMEOUT_S)
@@ -89,6 +91,29 @@ def connect(uri: str) -> MlflowClient:
             f"registry.tracking_uri or {TRACKING_URI}"
         ) from error
     return client
+
+
+def _make_database(uri: str) -> None:
+    """Make an sqlite database with MLflow's tables, if there is none; whole or not at all.
+
+    MLflow's own way, table by table in place, fails if two processes take it at a time, and what is
+    left of one that was killed is never mended.
+    """
+    import mlflow
+
+    database = _database(uri)
+    if database is None or database.is_file():
+        return
+    refusal = f"{database}: another process is making it; wait for it, or stop it"
+    with held(database.with_name(f"{database.name}.lock"), refusal, patience_s=60):
+        if database.is_file():
+            return
+        fresh = database.with_name(f"{database.name}.new")
+        for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
+            leftover.unlink(missing_ok=True)
+        mlflow.MlflowClient(f"{SQLITE}{fresh}").search_experiments(max_results=1)
+        if not database.is_file():
+            fresh.rename(database)
 
 
 def aliases(client: MlflowClient, name: str) -> dict[str, str]:
@@ -244,11 +269,15 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _absolute(uri: str) -> str:
+def _database(uri: str) -> Path | None:
+    """The file of an sqlite database; None for what is none."""
     path = uri.removeprefix(SQLITE)
-    if path == uri or path == ":memory:":
-        return uri
-    return f"{SQLITE}{Path(path).absolute()}"
+    return None if path in (uri, ":memory:") else Path(path)
+
+
+def _absolute(uri: str) -> str:
+    database = _database(uri)
+    return f"{SQLITE}{database.absolute()}" if database else uri
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from ldm.latents import IDS, STATES
 from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
-from ldm.models import Source, digest_weights, load_encoders, locate
+from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
 from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
@@ -41,7 +41,7 @@ from ldm.sample_sheet import SampleSheet
 from ldm.starting_point import starting_point
 from ldm.termination import Termination, taken_over
 from ldm.trainer import LOG, Trainer
-from ldm.unet import shape_of
+from ldm.unet import Network, shape_of
 
 DECIDING = (
     *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora", "objective"),
@@ -94,13 +94,7 @@ def train(
         lora=asdict(Base.of(config, pretrained, start)) if config.lora else None,
     )
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
-    trained_text = encoders.text_encoder if config.text_learning_rate else None
-    denoiser = Denoiser(unet, trained_text).requires_grad_(True)
-    adapters = Adapters(unet, config.lora, config.seed) if config.lora else None
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if config.compile:
-        unet.compile()  # In place: weights keep their names.
+    denoiser, adapters = _to_train(config, unet, encoders)
     termination = Termination()
     main = accelerator.is_main_process
     shown = Live(registry, run, settings) if main and registry else nullcontext()
@@ -124,18 +118,33 @@ def train(
             else:
                 trainer.ema.swap()
             counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
-            log = (run / LOG).read_bytes()
             with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
                 if adapters:
                     adapters.save(fresh / FOLDER)
                     adapters.merge()
                 save_pipeline(fresh, encoders, unet, schedule)
-                write_whole(fresh / LOG, log)
+                write_whole(fresh / LOG, (run / LOG).read_bytes())
             if live:
                 live.finish(opening(out, "model", "train").digest)
-            last = [json.loads(line) for line in log.splitlines() if b"val_loss" in line][-1]
-            say(f"train: {config.steps} steps, val_loss {last['val_loss']:.4f} -> {out}")
+            say(f"train: {config.steps} steps, val_loss {_last_val_loss(run):.4f} -> {out}")
     accelerator.wait_for_everyone()
+
+
+def _to_train(config: Train, unet: Network, encoders: Encoders) -> tuple[Denoiser, Adapters | None]:
+    """What is trained: the networks, with text encoder or without, or adapters in them."""
+    text_encoder = encoders.text_encoder if config.text_learning_rate else None
+    denoiser = Denoiser(unet, text_encoder).requires_grad_(True)
+    adapters = Adapters(unet, config.lora, config.seed) if config.lora else None
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.compile:
+        unet.compile()  # In place: weights keep their names.
+    return denoiser, adapters
+
+
+def _last_val_loss(run: Path) -> float:
+    lines = (run / LOG).read_text().splitlines()
+    return float([json.loads(line) for line in lines if "val_loss" in line][-1]["val_loss"])
 
 
 def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ldm import checkpoint, fsdp
 from ldm.config import Train
 from ldm.data import Batch, LatentCache, TrainingBatches, one_ahead, validation_batches
-from ldm.denoiser import Denoiser
+from ldm.denoiser import Denoiser, trained
 from ldm.draws import DROPOUT, counter_based
 from ldm.ema import Ema
 from ldm.errors import UserError
@@ -24,6 +24,7 @@ from ldm.optimizers import make_optimizer
 from ldm.progress import progress
 from ldm.run_log import RunLog
 from ldm.sample_sheet import SampleSheet
+from ldm.saver import Saver
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, ignore
 
@@ -70,7 +71,7 @@ class Trainer:
                 denoiser, make_optimizer(config, denoiser)
             )
         self.parameters = list(self.prepared.parameters())
-        self.ema = Ema(denoiser, config.ema_decay)
+        self.ema = Ema(trained(denoiser), config.ema_decay)
         self.batches = TrainingBatches(
             cache,
             seed=config.seed,
@@ -99,7 +100,7 @@ class Trainer:
         steps = range(first, config.steps)
         size, unit = config.batch_size, "samples"
         bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
-        with bar, checkpoint.Saver(self.folder, config.keep_checkpoints) as saver:
+        with bar, Saver(self.folder, config.keep_checkpoints) as saver:
             for step in steps:
                 rate = self._set_rates(step)
                 loss, norm, stopping = self.step(step, micro_batches, termination, log)
@@ -212,6 +213,11 @@ class Trainer:
         self.denoiser.train()
         self.ema.swap()
         loss, timesteps = map(torch.cat, zip(*seen, strict=True))
+        if not torch.isfinite(loss).all():
+            raise UserError(
+                f"{self.folder}: the averaged weights' validation loss is not finite; train again "
+                "with a lower train.learning_rate, or in float32 (train.mixed_precision: no)"
+            )
         bands = by_band(loss, timesteps, len(self.objective.levels))
         return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": bands}
 
@@ -244,16 +250,14 @@ class Trainer:
         )
         return iter(loader) if config.workers else one_ahead(iter(loader))
 
-    def _save(
-        self, saver: checkpoint.Saver, step: int, val_loss: float | None, *, last: bool
-    ) -> None:
+    def _save(self, saver: Saver, step: int, val_loss: float | None, *, last: bool) -> None:
         state = self._checkpoint(step, val_loss)
         if self.accelerator.is_main_process:
             saver.save(state, last=last)
 
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
-        weights = self.denoiser.trained()
+        weights = trained(self.denoiser)
         state = checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
         return fsdp.gathered(state) if self.sharded else state
 

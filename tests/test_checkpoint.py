@@ -18,7 +18,6 @@ import torch
 import ldm.checkpoint
 from ldm.checkpoint import (
     Checkpoint,
-    Saver,
     damage_of,
     folders,
     newest,
@@ -27,6 +26,7 @@ from ldm.checkpoint import (
     save,
 )
 from ldm.errors import UserError
+from ldm.saver import Saver
 
 
 def at(step: int, val_loss: float | None = None) -> Checkpoint:

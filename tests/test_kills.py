@@ -30,6 +30,7 @@ CASES = {
     "one process": {"workers": 1, "accumulation": 2},
     "text encoder too": {"text_learning_rate": 1e-4},
     "two processes": {"accelerate": "infra/accelerate/cpu-ddp.yaml", "accumulation": 2},
+    "weights in parts": {"accelerate": "infra/accelerate/cpu-fsdp.yaml"},
 }
 
 

@@ -8,11 +8,12 @@ import psutil
 import pytest
 import torch
 
-import ldm.checkpoint
-from ldm.checkpoint import Checkpoint, Saver, newest, save
+import ldm.saver
+from ldm.checkpoint import Checkpoint, newest, save
 from ldm.data import Batch
 from ldm.memory import available
 from ldm.objective import Objective
+from ldm.saver import Saver
 from tests.test_checkpoint import at
 from tests.test_train import run_here
 
@@ -41,7 +42,7 @@ def test_without_a_copy_a_checkpoint_is_on_disk_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool, room: float
 ) -> None:
     state = at(10)
-    monkeypatch.setattr(ldm.checkpoint, "available", lambda: room * state.size)
+    monkeypatch.setattr(ldm.saver, "available", lambda: room * state.size)
     monkeypatch.delattr(Checkpoint, "copied")
     with Saver(tmp_path, keep=1) as saver:
         saver.save(state, last=last)

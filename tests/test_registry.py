@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
 from ldm.registry import promote, register, rollback
+from tests.launched import wait_for
 
 SAMPLING = EvaluationSampling(sampler="ddim", steps=2, guidance=2.0)
 LOG = [
@@ -252,6 +255,35 @@ def test_unknown_models_are_named(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         registered.fetch_model(uri)
     assert "\n" not in str(raised.value)
+
+
+CONNECT = """
+import sys
+from ldm import tracking
+tracking.connect(sys.argv[1]).create_experiment(sys.argv[2])
+"""
+
+
+@pytest.mark.kills
+def test_a_database_is_made_whole_by_many_at_once_and_one_is_killed(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+
+    def connecting(name: str) -> subprocess.Popen[bytes]:
+        arguments = [f"sqlite:///{database}", name]
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": arguments[0]}
+        return subprocess.Popen([sys.executable, "-c", CONNECT, *arguments], env=environment)
+
+    killed = connecting("killed")
+    fresh = tmp_path / "mlflow.db.new"
+    # Its tables are being made.
+    wait_for(lambda: fresh.is_file() and fresh.stat().st_size > 0, killed)
+    killed.kill()
+    assert killed.wait() == -9 and fresh.is_file() and not database.exists()
+    assert [one.wait() for one in [connecting("a"), connecting("b"), connecting("c")]] == [0, 0, 0]
+    assert not fresh.exists()
+    with closing(sqlite3.connect(database)) as found:
+        names = {name for (name,) in found.execute("select name from experiments")}
+    assert names == {"Default", "a", "b", "c"}
 
 
 def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ import torch
 from ldm.artifacts import write_whole
 from ldm.checkpoint import (
     Checkpoint,
-    Saver,
     Tensors,
     newest,
     optimizer_tensors,
@@ -30,6 +29,7 @@ from ldm.images import encode_png
 from ldm.live import Live
 from ldm.progress import progress
 from ldm.run_log import RunLog
+from ldm.saver import Saver
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, taken_over
 

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from ldm.artifacts import opening
 from ldm.models import Source, load_text_encoder, tiny_folder
 from ldm.pipeline_folder import forget_origin
+from ldm.quiet import quieten
 
 FIRST = ("vae", "tokenizer", "clip")
 
@@ -43,4 +44,5 @@ def install(model: Path, first_stage: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    quieten()
     install(Path(sys.argv[1]), Path(sys.argv[2]), tiny_folder())

@@ -1,0 +1,50 @@
+"""The average of weights, against the recursion that takes every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ldm.ema import EVERY, Ema
+
+DECAY, STEPS = 0.99, 800
+
+
+def averages(weight_at: Callable[[int], float]) -> tuple[float, float]:
+    """Ours and the recursion's after ``STEPS`` steps of a weight that starts as 0."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    ema, expected = Ema({"weight": parameter}, DECAY), 0.0
+    for step in range(1, STEPS + 1):
+        with torch.no_grad():
+            parameter.fill_(weight_at(step))
+        ema.update(step)
+        decay = min(DECAY, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight_at(step)
+    return float(ema.average["weight"][0]), expected
+
+
+def test_weights_that_stand_between_updates_are_averaged_as_if_at_every_step() -> None:
+    ours, expected = averages(lambda step: ((step - 1) // EVERY) ** 0.5)
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_that_move_are_averaged_nearly_so() -> None:
+    ours, expected = averages(float)
+    assert STEPS - expected > 20 * EVERY
+    assert abs(ours - expected) < EVERY / 2
+
+
+def test_two_swaps_are_none_and_one_is_the_average() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    ema = Ema({"weight": parameter}, 0.5)
+    with torch.no_grad():
+        parameter.fill_(2.0)
+    ema.update(EVERY)
+    average = 2 - 2 * (2 / 11) * (3 / 12) * (4 / 13) * (5 / 14)
+    ema.swap()
+    assert parameter.tolist() == pytest.approx([average] * 2, rel=1e-2)
+    assert ema.average["weight"].tolist() == [2.0, 2.0]
+    ema.swap()
+    assert parameter.tolist() == [2.0, 2.0]
