@@ -34,7 +34,8 @@ def stale(root: Path) -> Mapping[str, object]:
         text=True,
     )
     if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        # In several lines, and the remedy in the last, where another dvc is at work.
+        reason = " ".join((done.stderr or done.stdout).split())
         raise UserError(f"dvc status failed: {reason}")
     found: dict[str, object] = json.loads(done.stdout or "{}")
     return found

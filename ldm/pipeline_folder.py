@@ -19,10 +19,12 @@ def save_pipeline(
     folder: Path, encoders: Encoders, unet: Network, schedule: dict[str, Any]
 ) -> None:
     """Write the UNet with the encoders it was trained for and its own noise schedule."""
-    # With this scheduler StableDiffusionPipeline draws, whatever the network predicts; it sets an
-    # offset of 1 itself, with a warning.
+    # With this scheduler StableDiffusionPipeline draws, whatever the network predicts. It sets an
+    # offset of 1 itself, and no clipping, which is for pixels, with pages of warnings.
     of_flow = {"use_flow_sigmas": schedule["prediction_type"] == FLOW}
-    scheduler = DPMSolverMultistepScheduler.from_config({"steps_offset": 1, **schedule, **of_flow})
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        {"steps_offset": 1, **schedule, **of_flow, "clip_sample": False}
+    )
     pipeline = StableDiffusionPipeline(
         vae=encoders.vae,
         text_encoder=encoders.text_encoder,

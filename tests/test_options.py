@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -52,6 +53,15 @@ def test_zero_terminal_snr_reaches_training_and_folder(
     assert float(Objective.of(schedules[True], None).levels.signal[-1]) == 0
     assert float(Objective.of(schedules[False], None).levels.signal[-1]) > 0.05
     assert differ(tmp_path / "False" / "model", tmp_path / "True" / "model")
+
+
+def test_the_schedule_of_a_model_clips_no_latents(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """As diffusers' DDPM and DDIM do by default, which is for pixels in [-1, 1]."""
+    model = run_here(pipeline, latents, tmp_path, steps=1)
+    written = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    assert written["clip_sample"] is False
 
 
 def test_a_start_that_predicts_epsilon_of_noise_alone_is_refused() -> None:
