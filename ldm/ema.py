@@ -22,8 +22,8 @@ class Ema:
     run is not held at its start (as in TensorFlow's ``ExponentialMovingAverage``).
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float, steps: int) -> None:
+        self.decay, self.steps = decay, steps
         self._present = dict(parameters)
         self.average = {name: one.detach().float().clone() for name, one in self._present.items()}
 
@@ -31,11 +31,12 @@ class Ema:
     def update(self, step: int) -> None:
         """After optimizer step ``step``, 1 for the first: every ``EVERY`` steps move the average.
 
-        As far as the steps since would have moved it towards the weights as they are now.
+        And after the last of ``steps``; as far as the steps since would have moved it towards the
+        weights as they are now.
         """
-        if step % EVERY:
+        if step % EVERY and step != self.steps:
             return
-        since = range(step - EVERY + 1, step + 1)
+        since = range((step - 1) // EVERY * EVERY + 1, step + 1)
         kept = math.prod(min(self.decay, (1 + one) / (10 + one)) for one in since)
         present = [self._present[name].detach().float() for name in self.average]
         torch._foreach_lerp_(list(self.average.values()), present, 1 - kept)

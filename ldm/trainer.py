@@ -71,7 +71,7 @@ class Trainer:
                 denoiser, make_optimizer(config, denoiser)
             )
         self.parameters = list(self.prepared.parameters())
-        self.ema = Ema(trained(denoiser), config.ema_decay)
+        self.ema = Ema(trained(denoiser), config.ema_decay, config.steps)
         self.batches = TrainingBatches(
             cache,
             seed=config.seed,

@@ -12,11 +12,11 @@ from ldm.ema import EVERY, Ema
 DECAY, STEPS = 0.99, 800
 
 
-def averages(weight_at: Callable[[int], float]) -> tuple[float, float]:
-    """Ours and the recursion's after ``STEPS`` steps of a weight that starts as 0."""
+def averages(weight_at: Callable[[int], float], steps: int = STEPS) -> tuple[float, float]:
+    """Ours and the recursion's after ``steps`` steps of a weight that starts as 0."""
     parameter = torch.nn.Parameter(torch.zeros(3))
-    ema, expected = Ema({"weight": parameter}, DECAY), 0.0
-    for step in range(1, STEPS + 1):
+    ema, expected = Ema({"weight": parameter}, DECAY, steps), 0.0
+    for step in range(1, steps + 1):
         with torch.no_grad():
             parameter.fill_(weight_at(step))
         ema.update(step)
@@ -25,8 +25,10 @@ def averages(weight_at: Callable[[int], float]) -> tuple[float, float]:
     return float(ema.average["weight"][0]), expected
 
 
-def test_weights_that_stand_between_updates_are_averaged_as_if_at_every_step() -> None:
-    ours, expected = averages(lambda step: ((step - 1) // EVERY) ** 0.5)
+@pytest.mark.parametrize("steps", [1, 2 * EVERY - 1, STEPS])
+def test_weights_that_stand_between_updates_are_averaged_as_if_at_every_step(steps: int) -> None:
+    """To the last step, however many there are."""
+    ours, expected = averages(lambda step: 1 + ((step - 1) // EVERY) ** 0.5, steps)
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
@@ -38,7 +40,7 @@ def test_weights_that_move_are_averaged_nearly_so() -> None:
 
 def test_two_swaps_are_none_and_one_is_the_average() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    ema = Ema({"weight": parameter}, 0.5)
+    ema = Ema({"weight": parameter}, 0.5, STEPS)
     with torch.no_grad():
         parameter.fill_(2.0)
     ema.update(EVERY)

@@ -105,7 +105,8 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
-KEEPING = {"checkpoint", "memory", "models", "request", "run_log", "shards", "termination"}
+KEEPING = {"checkpoint", "saver", "memory", "models", "request", "run_log", "shards"}
+KEEPING |= {"termination"}
 """What stores and reads, and is verified: weights, shards and states by their digests."""
 
 

@@ -76,7 +76,7 @@ class Train(Section):
     """With ``init: random`` alone: otherwise the starting model's own scheduler rules."""
     lora: Lora | None = None
     """Train adapters and leave the UNet's own weights as they are; null trains all weights."""
-    steps: Count = 1800
+    steps: Count = 2200
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""
     accumulation: Count = 1
