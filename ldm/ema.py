@@ -10,7 +10,7 @@ import torch
 EVERY = 4
 """Optimizer steps between two updates, each of which reads and writes all averages.
 
-On a CPU that took 3 % of a training step of ``tiny``. Weights move little in so few steps: an
+On a CPU that took 1 % of a training step of ``tiny``. Weights move little in so few steps: an
 average over a thousand does not tell.
 """
 
