@@ -105,8 +105,16 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
-KEEPING = {"checkpoint", "saver", "memory", "models", "request", "run_log", "shards"}
-KEEPING |= {"termination"}
+KEEPING = {
+    "checkpoint",
+    "memory",
+    "models",
+    "request",
+    "run_log",
+    "saver",
+    "shards",
+    "termination",
+}
 """What stores and reads, and is verified: weights, shards and states by their digests."""
 
 

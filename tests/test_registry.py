@@ -269,9 +269,7 @@ def test_a_database_is_made_whole_by_many_at_once_and_one_is_killed(tmp_path: Pa
     database = tmp_path / "mlflow.db"
 
     def connecting(name: str) -> subprocess.Popen[bytes]:
-        arguments = [f"sqlite:///{database}", name]
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": arguments[0]}
-        return subprocess.Popen([sys.executable, "-c", CONNECT, *arguments], env=environment)
+        return subprocess.Popen([sys.executable, "-c", CONNECT, f"sqlite:///{database}", name])
 
     killed = connecting("killed")
     fresh = tmp_path / "mlflow.db.new"
