@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from bench.compare import compare
 from bench.peak import peak
 from bench.synthetic import caption, origin, write_images, write_latents
+from ldm.cache import LatentCache
 from ldm.config import Encode, Ingest, Pretrained
-from ldm.data import LatentCache, TrainingBatches
+from ldm.data import TrainingBatches
 from ldm.device import device_of
 from ldm.encode import encode
 from ldm.images import decode_image, to_model
@@ -209,11 +210,9 @@ def reading(latents: Path) -> Callable[[], None]:
 
     def run() -> None:
         for samples in map(torch.Tensor.tolist, order):
-            for sample in samples:
-                cache.expect(sample)
-            for sample in samples:
-                cache.moments(sample)
-                cache.text(sample)
+            cache.expect(samples)
+            cache.moments(samples)
+            cache.texts(samples)
 
     return run
 

@@ -27,7 +27,7 @@ SD_BLOCK = {
 
 def main() -> None:
     """Print steps a second of both, at the shape of ``tiny`` and of a level of Stable Diffusion."""
-    device = device_of()
+    device = device_of(training=True)
     tiny = load_unet(locate("tiny"), "diffusers")
     run("tiny, batch 64, precision auto", tiny, 64, 40, device)
     torch.manual_seed(0)

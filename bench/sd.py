@@ -28,16 +28,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from bench.compare import compare
 from bench.loops import Precision, bare, encoding
 from bench.synthetic import write_latents
+from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
-from ldm.data import Batch, LatentCache
+from ldm.data import Batch
 from ldm.denoiser import Denoiser
 from ldm.device import device_of
 from ldm.objective import Objective
-from ldm.run_log import RunLog
+from ldm.run_log import LOG, RunLog
 from ldm.starting_point import fresh_schedule
 from ldm.termination import Termination
 from ldm.train import accelerator_for, settled_training
-from ldm.trainer import LOG, Trainer
+from ldm.trainer import Trainer
 from ldm.unet import Network, denoise, from_scratch
 
 SMALL = "--small" in sys.argv
@@ -57,7 +58,7 @@ class Size:
 
 
 SIZES = (Size(64, 1, 2),) if SMALL else (Size(512, 4, 32), Size(256, 16, 128))
-DEVICE = device_of()
+DEVICE = device_of(training=True)
 
 
 def main() -> None:

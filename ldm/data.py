@@ -8,37 +8,19 @@ one integer.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm.artifacts import Manifest, opening
+from ldm.cache import LatentCache
 from ldm.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
-from ldm.latents import (
-    ABOUT,
-    HEADER_BYTES,
-    MOMENTS,
-    SAMPLE_MEMBERS,
-    STATES,
-    TEXT_MEMBERS,
-    TEXTS,
-    from_npy,
-    npy_shape,
-    text_key,
-)
 from ldm.order import Order, by_shape
-from ldm.shards import ShardReader
-
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""Latents, noise, text, timestep of one sample."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -65,62 +47,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in memory from which a GPU copies beside its work; for the loader."""
         return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
-
-
-class LatentCache:
-    """One split of a latents artifact, by sample number.
-
-    ``texts``: the captions' ``STATES``, or their ``IDS`` for a text encoder that is trained.
-    """
-
-    def __init__(self, folder: Path, split: str, texts: str = STATES) -> None:
-        assert texts in TEXT_MEMBERS
-        self._text_member = texts
-        self.manifest: Manifest = opening(folder, "latents", "encode")
-        self.split = split
-        self.scaling_factor = float(self.manifest.config["scaling_factor"])
-        self.shift_factor = float(self.manifest.config["shift_factor"])
-        self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)
-        self._texts = ShardReader(folder, TEXTS, TEXT_MEMBERS)
-        abouts = (json.loads(self._samples.read(key, ABOUT)) for key in self._samples)
-        # An array of bytes, because a list of strings is three times as large.
-        self._text_of = np.array([about["text"].encode() for about in abouts], np.bytes_)
-        self._empty = text_key("")
-        heads = (self._samples.read(key, MOMENTS, HEADER_BYTES) for key in self._samples)
-        self.shapes = np.array([npy_shape(head) for head in heads])
-        """Of the samples' moments, by number: integers (samples, 3)."""
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def key(self, sample: int) -> str:
-        """The name of the sample in the shards, a hash of its URL; ``ldm trace`` tells which."""
-        return self._samples.key(sample)
-
-    def caption(self, sample: int) -> str:
-        """In the words of its row."""
-        return str(json.loads(self._samples.read(self.key(sample), ABOUT))["caption"])
-
-    def moments(self, sample: int) -> np.ndarray:
-        """Unscaled posterior mean above log-variance: (2 x channels, height, width)."""
-        return from_npy(self._samples.read(self.key(sample), MOMENTS))
-
-    def text(self, sample: int, *, dropped: bool = False) -> np.ndarray:
-        """The sample's caption, or the empty one: states (tokens, width), or ids (tokens,)."""
-        key = self._empty if dropped else self._text_of[sample].decode()
-        return from_npy(self._texts.read(key, self._text_member))
-
-    def expect(self, sample: int) -> None:
-        """Have the system fetch the sample and its text from disk: they are read soon."""
-        self._samples.expect(self.key(sample), MOMENTS)
-        self._texts.expect(self._text_of[sample].decode(), self._text_member)
-
-    def latents(self, sample: int, rng: np.random.Generator) -> np.ndarray:
-        """A posterior sample, shifted and scaled to about unit variance: float32 (c, h, w)."""
-        mean, log_variance = np.split(self.moments(sample).astype(np.float32), 2)
-        spread = np.exp(0.5 * np.clip(log_variance, -30, 20))
-        drawn = mean + spread * rng.standard_normal(mean.shape, dtype=np.float32)
-        return (drawn - self.shift_factor) * self.scaling_factor
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -158,10 +84,16 @@ class TrainingBatches(Dataset[Batch]):
 
     def at(self, positions: range) -> Batch:
         """The batch of these positions. All are asked of the disk before one is waited for."""
-        shown = [(position, self.order.sample(position)) for position in positions]
-        for _, sample in shown:
-            self.cache.expect(sample)
-        return _stack([self._row(position, sample) for position, sample in shown])
+        samples = [self.order.sample(position) for position in positions]
+        self.cache.expect(samples)
+        rngs = [counter_based(self.seed, TRAIN, position) for position in positions]
+        latents, noise = _drawn(self.cache, samples, rngs)
+        dropped = [rng.random() < self.caption_dropout for rng in rngs]
+        if self.offset_noise:
+            noise += np.float32(self.offset_noise) * _normal(rngs, (noise.shape[1], 1, 1))
+        shares = (shifted(spread_share(self.seed, at), self.timestep_shift) for at in positions)
+        timesteps = [int(share * self.timesteps) for share in shares]
+        return _batch(latents, noise, self.cache.texts(samples, dropped), timesteps)
 
     def keys(self, step: int) -> list[str]:
         """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
@@ -169,17 +101,6 @@ class TrainingBatches(Dataset[Batch]):
         by_process = places.reshape(self.accumulation, self.processes, self.share).swapaxes(0, 1)
         first = step * len(places)
         return [self.cache.key(self.order.sample(first + int(at))) for at in by_process.flat]
-
-    def _row(self, position: int, sample: int) -> Row:
-        rng = counter_based(self.seed, TRAIN, position)
-        latents = self.cache.latents(sample, rng)
-        noise = rng.standard_normal(latents.shape, dtype=np.float32)
-        text = self.cache.text(sample, dropped=bool(rng.random() < self.caption_dropout))
-        share = shifted(spread_share(self.seed, position), self.timestep_shift)
-        if self.offset_noise:
-            channels = rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
-            noise += np.float32(self.offset_noise) * channels
-        return latents, noise, text, int(share * self.timesteps)
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -208,13 +129,11 @@ def validation_batches(
     ranks are the batch, and more of its last sample where it takes that to make them equal.
     """
 
-    def row(position: int) -> Row:
-        sample = position % len(cache)
-        rng = counter_based(seed, VALIDATION, position)
-        latents = cache.latents(sample, rng)
-        noise = rng.standard_normal(latents.shape, dtype=np.float32)
-        timestep = int(spread_share(seed, position) * timesteps)
-        return latents, noise, cache.text(sample), timestep
+    def batch(positions: Sequence[int]) -> Batch:
+        samples = [position % len(cache) for position in positions]
+        rngs = [counter_based(seed, VALIDATION, position) for position in positions]
+        shown = [int(spread_share(seed, position) * timesteps) for position in positions]
+        return _batch(*_drawn(cache, samples, rngs), cache.texts(samples), shown)
 
     firsts = len(cache) * np.arange(draws)[:, None]
     for samples in by_shape(cache.shapes):
@@ -223,18 +142,31 @@ def validation_batches(
             whole = positions[start : start + batch_size]
             share = -(-len(whole) // processes)
             own = np.minimum(rank * share + np.arange(share), len(whole) - 1)
-            yield _stack([row(int(at)) for at in whole[own]]), len(whole)
+            yield batch(whole[own].tolist()), len(whole)
 
 
-def _stack(rows: list[Row]) -> Batch:
-    latents, noise, texts, timesteps = zip(*rows, strict=True)
-    stacked = np.stack(texts)
-    return Batch(
-        torch.from_numpy(np.stack(latents)),
-        torch.from_numpy(np.stack(noise)),
-        torch.from_numpy(stacked if stacked.dtype == np.int64 else stacked.astype(np.float32)),
-        torch.tensor(timesteps),
-    )
+def _drawn(
+    cache: LatentCache, samples: Sequence[int], rngs: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents and noise of samples of one shape, each by its own generator."""
+    shape = cache.latent_shape(samples[0])
+    latents = cache.latents(samples, _normal(rngs, shape))
+    return latents, _normal(rngs, shape)
+
+
+def _normal(rngs: Sequence[np.random.Generator], shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 (n, *shape), each row by its own generator."""
+    rows = np.empty((len(rngs), *shape), np.float32)
+    for rng, row in zip(rngs, rows, strict=True):
+        rng.standard_normal(out=row, dtype=np.float32)
+    return rows
+
+
+def _batch(
+    latents: np.ndarray, noise: np.ndarray, texts: np.ndarray, timesteps: Sequence[int]
+) -> Batch:
+    texts = texts if texts.dtype == np.int64 else texts.astype(np.float32, copy=False)
+    return Batch(*map(torch.from_numpy, (latents, noise, texts)), torch.tensor(timesteps))
 
 
 def spread_share(seed: int, position: int) -> float:

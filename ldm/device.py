@@ -14,43 +14,46 @@ from ldm.config import Sampling
 
 SamplingKind = TypeVar("SamplingKind", bound=Sampling)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Numbers of ``malloc.h``."""
 CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
 """Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
 
 
-def device_of() -> torch.device:
-    """The first CUDA device if there is one, else the CPU; tuned."""
+def device_of(*, training: bool = False) -> torch.device:
+    """The first CUDA device if there is one, else the CPU; tuned, in the whole process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tune(device)
+    if device.type == "cpu":
+        _keep_memory()
+        if training:
+            _plain_attention()
     return device
 
 
-def tune(device: torch.device) -> None:
-    """On a CPU, have attention computed by the plain formula, in bfloat16 as well, and keep memory.
+def _plain_attention() -> None:
+    """From now on compute attention by the plain formula, in bfloat16 as well.
 
     On the short sequences of small latents the flash kernel's backward pass alone took 38 % of a
     training step; the plain formula makes the whole step a third faster. Left to itself it
-    computes bfloat16 in float32; in bfloat16 a step takes 9 % less. (The switches are named after
-    cuda, and are everyone's.)
+    computes bfloat16 in float32; in bfloat16 a step takes 9 % less. Without a backward pass the
+    flash kernel is the faster. (The switches are named after cuda, and are everyone's.)
     """
-    if device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        _keep_memory()
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 def _keep_memory() -> None:
     """Have the C library keep what is freed up to 32 MB a piece, its most, for the next to ask.
 
     Given back to the system after every step, memory came back a page at a time: a tenth of a
-    training step of ``tiny`` went into that.
+    training step of ``tiny`` went into that. Threads besides the main one have their memory in
+    heaps of 64 MB, and one that is empty goes whole unless as much may stand in reserve.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's.
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def only_deterministic() -> None:

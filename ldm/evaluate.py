@@ -28,6 +28,7 @@ from ldm.models import (
     starting_model,
 )
 from ldm.progress import progress, say
+from ldm.run_log import last_val_loss
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
 from ldm.scenes.reader import mismatch, read_scene
@@ -99,7 +100,7 @@ def evaluate(
         metrics: dict[str, Any] = {
             **judged.adherence(prompts),
             "clip_score": _clip_score(pretrained, prompts, judged.pixels),
-            "val_loss": _last_val_loss(model),
+            "val_loss": last_val_loss(model),
             "start": {
                 **before.adherence(prompts),
                 "clip_score": _clip_score(pretrained, prompts, before.pixels),
@@ -170,11 +171,6 @@ def _clip_score(pretrained: Pretrained, prompts: Sequence[Prompt], pixels: np.nd
     device = device_of()
     ids = tokenize(tokenizer, [prompt.prompt for prompt in prompts])
     return round(float(clip_scores(clip.to(device), pixels, ids, device).mean()), 3)
-
-
-def _last_val_loss(model: Path) -> float:
-    lines = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
-    return float([line["val_loss"] for line in lines if "val_loss" in line][-1])
 
 
 def _write_samples(fresh: Path, prompts: Sequence[Prompt], judged: Judged, before: Judged) -> None:

@@ -42,11 +42,11 @@ def from_npy(content: bytes) -> np.ndarray:
     return np.frombuffer(content, dtype, offset=size).reshape(shape)
 
 
-def npy_shape(start: bytes) -> tuple[int, ...]:
-    """The shape of the array whose ``.npy`` file starts so; ``HEADER_BYTES`` are enough."""
+def npy_header(start: bytes) -> tuple[bytes, tuple[int, ...], np.dtype]:
+    """Header, and by it shape and dtype, of a ``.npy`` file; ``HEADER_BYTES`` of it are enough."""
     size = _header_size(start)
     assert size <= len(start), size
-    return _header(start[:size])[0]
+    return start[:size], *_header(start[:size])
 
 
 def _header_size(content: bytes) -> int:

@@ -23,6 +23,7 @@ from ldm.latents import SAMPLE_MEMBERS
 from ldm.live import metrics_of
 from ldm.progress import say
 from ldm.registered import SAMPLES, USES
+from ldm.run_log import LOG
 from ldm.shards import ShardReader
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _new_version(
 ) -> Registered:
     from ldm.serving import store_model
 
-    points = _curves(trained.path / "log.jsonl")
+    points = _curves(trained.path / LOG)
     last = max((step for _, step in points), default=0)
     known = _followed(client, config.experiment, trained.digest)
     points = {} if known else points

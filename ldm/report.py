@@ -27,6 +27,7 @@ from ldm.progress import progress, say
 from ldm.report_chart import Curves
 from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, render
 from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
+from ldm.run_log import LOG
 from ldm.shards import ShardReader
 from ldm.tracking import may_exist, tracking_uri
 
@@ -55,7 +56,7 @@ def report(
     standing = _standing(registry, made["model"].digest)
     metrics = json.loads((evaluation / "metrics.json").read_text())
     lines = comparison(metrics, standing, registry.gate)
-    curves = read_curves(model / "log.jsonl")
+    curves = read_curves(model / LOG)
     reconstructions = _reconstructions(made["images"], latents, model)
     page = Page(
         verdict=verdict(standing, lines),

@@ -9,6 +9,9 @@ from typing import Any
 from ldm.artifacts import write_whole
 from ldm.live import Live
 
+LOG = "log.jsonl"
+"""Its name, in the folder of a run and in that of the model."""
+
 
 class RunLog:
     """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew.
@@ -30,3 +33,9 @@ class RunLog:
                 file.write(json.dumps(entry) + "\n")
             if self.live:
                 self.live.write(entry)
+
+
+def last_val_loss(folder: Path) -> float:
+    """The validation loss that a run, or the model in this folder, ended with."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return float([line["val_loss"] for line in lines if "val_loss" in line][-1])

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.artifacts import write_whole
+from ldm.cache import LatentCache
 from ldm.config import Sampling, Train
-from ldm.data import LatentCache
 from ldm.device import device_of
 from ldm.grid import captioned_grid
 from ldm.images import encode_png

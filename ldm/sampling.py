@@ -26,7 +26,7 @@ from ldm.unet import Network, denoise
 
 LARGEST = 8
 """Sides of a picture, in sides of what the model was trained for."""
-SMALL, LANES = 32 * 32, 8
+SMALL, LANES = 32 * 32, 10
 """On a CPU, pictures of at most so many latents are drawn in batches of so many, one a thread."""
 
 

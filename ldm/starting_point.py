@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Pretrained, Train
-from ldm.data import LatentCache
 from ldm.denoiser import load_scheduler_config, load_unet
 from ldm.diffusion import FLOW
 from ldm.errors import UserError

@@ -6,7 +6,6 @@ settings and inputs, it goes on from the newest whole checkpoint of its run.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -22,8 +21,8 @@ from accelerate.utils import AutocastKwargs
 
 from ldm import checkpoint, fsdp
 from ldm.artifacts import digest_file, opening, write_whole, writing
+from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
-from ldm.data import LatentCache
 from ldm.denoiser import Denoiser, load_model
 from ldm.device import device_of, has_bfloat16, only_deterministic
 from ldm.errors import UserError
@@ -36,16 +35,17 @@ from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
 from ldm.request import serve
+from ldm.run_log import LOG, last_val_loss
 from ldm.runs import RUN, Identity, continued, describe, folder_of, unfinished
 from ldm.sample_sheet import SampleSheet
 from ldm.starting_point import starting_point
 from ldm.termination import Termination, taken_over
-from ldm.trainer import LOG, Trainer
+from ldm.trainer import Trainer
 from ldm.unet import Network, shape_of
 
 DECIDING = (
-    *("data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora", "objective"),
-    *("fsdp", "optimizers", "order", "schedule", "trainer", "unet"),
+    *("cache", "data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora"),
+    *("fsdp", "objective", "optimizers", "order", "schedule", "trainer", "unet"),
 )
 """Modules, besides ``ldm.nn``."""
 
@@ -72,7 +72,7 @@ def train(
     """
     if config.deterministic:
         only_deterministic()
-    device = device_of()
+    device = device_of(training=True)
     config = settled_training(config, device)
     if sharded := fsdp.asked():
         fsdp.check(config)
@@ -126,7 +126,7 @@ def train(
                 write_whole(fresh / LOG, (run / LOG).read_bytes())
             if live:
                 live.finish(opening(out, "model", "train").digest)
-            say(f"train: {config.steps} steps, val_loss {_last_val_loss(run):.4f} -> {out}")
+            say(f"train: {config.steps} steps, val_loss {last_val_loss(run):.4f} -> {out}")
     accelerator.wait_for_everyone()
 
 
@@ -140,11 +140,6 @@ def _to_train(config: Train, unet: Network, encoders: Encoders) -> tuple[Denoise
     if config.compile:
         unet.compile()  # In place: weights keep their names.
     return denoiser, adapters
-
-
-def _last_val_loss(run: Path) -> float:
-    lines = (run / LOG).read_text().splitlines()
-    return float([json.loads(line) for line in lines if "val_loss" in line][-1]["val_loss"])
 
 
 def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ldm import checkpoint, fsdp
+from ldm.cache import LatentCache
 from ldm.config import Train
-from ldm.data import Batch, LatentCache, TrainingBatches, one_ahead, validation_batches
+from ldm.data import Batch, TrainingBatches, one_ahead, validation_batches
 from ldm.denoiser import Denoiser, trained
 from ldm.draws import DROPOUT, counter_based
 from ldm.ema import Ema
@@ -22,13 +23,12 @@ from ldm.live import Live
 from ldm.objective import Objective
 from ldm.optimizers import make_optimizer
 from ldm.progress import progress
-from ldm.run_log import RunLog
+from ldm.run_log import LOG, RunLog
 from ldm.sample_sheet import SampleSheet
 from ldm.saver import Saver
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, ignore
 
-LOG = "log.jsonl"
 BANDS = 4
 """Equal parts of the timesteps, from the least noisy, that validation is told apart by."""
 

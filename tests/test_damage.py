@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ldm.artifacts import MANIFEST, digest_tree, write_json
-from ldm.data import LatentCache
+from ldm.cache import LatentCache
 from ldm.errors import UserError
 
 SHARD = "train-00000.tar"

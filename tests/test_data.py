@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data import LatentCache, TrainingBatches, shifted, spread_share, validation_batches
+from ldm.cache import LatentCache
+from ldm.data import TrainingBatches, shifted, spread_share, validation_batches
 from ldm.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.images import psnr, to_pixels
@@ -66,8 +67,15 @@ def test_a_shift_shows_that_many_times_more_of_the_noisiest(latents: Path) -> No
 
 def test_epochs_draw_different_posterior_samples(latents: Path) -> None:
     cache = LatentCache(latents, "train")
-    first, second = (np.random.default_rng(seed) for seed in (1, 2))
-    assert not np.array_equal(cache.latents(0, first), cache.latents(0, second))
+    made, samples = batches(cache), len(cache)
+    epochs = [range(start, start + samples) for start in (0, samples)]
+    shown = [[made.order.sample(position) for position in epoch] for epoch in epochs]
+    first, second = (
+        made.at(epoch).latents[np.argsort(order)]
+        for epoch, order in zip(epochs, shown, strict=True)
+    )
+    assert sorted(shown[0]) == sorted(shown[1]) == list(range(samples))
+    assert ((first - second).abs().amax(dim=(1, 2, 3)) > 0).all()
 
 
 def test_caption_dropout_shows_the_empty_caption(latents: Path, pipeline: Path) -> None:
@@ -75,7 +83,7 @@ def test_caption_dropout_shows_the_empty_caption(latents: Path, pipeline: Path) 
     tokenizer, text_encoder = load_text_encoder(Source(str(pipeline)))
     with torch.no_grad():
         empty = text_encoder(tokenize(tokenizer, [""])).last_hidden_state[0]
-    torch.testing.assert_close(torch.from_numpy(cache.text(0, dropped=True).copy()), empty)
+    torch.testing.assert_close(torch.from_numpy(cache.texts([0], [True])[0]), empty)
     states = torch.cat([batches(cache)[number].texts for number in range(30)])
     dropped = (states - empty).abs().amax(dim=(1, 2)) < 1e-6
     assert 0.2 < dropped.float().mean() < 0.4
@@ -88,15 +96,9 @@ def test_cached_latents_are_those_of_the_encoder_scaled_once(latents: Path, pipe
     cache = LatentCache(latents, "validation")
     pixels = scenes("validation", len(cache))
     online = posterior_moments(vae, pixels, torch.device("cpu"))
-    for sample in range(len(cache)):
-        np.testing.assert_allclose(cache.moments(sample), online[sample], atol=1e-4)
+    np.testing.assert_allclose(cache.moments(range(len(cache))), online, atol=1e-4)
     mean = torch.from_numpy(online[:4, :4])
-
-    class Zero:
-        def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-            return np.zeros(shape, dtype)
-
-    drawn = np.stack([cache.latents(sample, Zero()) for sample in range(4)])  # type: ignore[arg-type]
+    drawn = cache.latents(range(4), np.zeros(mean.shape, np.float32))
     np.testing.assert_allclose(drawn / vae.config.scaling_factor, mean.numpy(), atol=1e-4)
     with torch.no_grad():
         from_cache = to_pixels(

@@ -18,8 +18,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 
 from ldm.artifacts import opening
+from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
-from ldm.data import LatentCache, TrainingBatches
+from ldm.data import TrainingBatches
 from ldm.denoiser import load_scheduler_config
 from ldm.errors import UserError
 from ldm.models import Source

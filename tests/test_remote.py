@@ -20,8 +20,8 @@ from s3fs import S3FileSystem
 
 from ldm.artifacts import MANIFEST, digest_tree, opening, writing
 from ldm.bucket import PART, Bucket
+from ldm.cache import LatentCache
 from ldm.cli import main
-from ldm.data import LatentCache
 from ldm.errors import UserError
 from ldm.remote import publishing, reading
 from ldm.shards import ShardReader
@@ -519,7 +519,7 @@ def test_encoding_from_bucket_to_bucket(
         assert contents(folder) == contents(latents)
         there, here = LatentCache(folder, "train"), LatentCache(latents, "train")
         assert there.manifest == here.manifest
-        assert all((there.moments(n) == here.moments(n)).all() for n in range(len(here)))
+        assert (there.moments(range(len(here))) == here.moments(range(len(here)))).all()
     server.requests.clear()
     main([*command, "--set", "encode.batch_size=16"])
     assert not server.asked("PUT")

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm import shards
 from ldm.artifacts import opening, writing
 from ldm.errors import UserError
 from ldm.shards import ShardReader, ShardWriter
@@ -53,14 +56,61 @@ def test_reading_in_any_order_and_in_another_process(tmp_path: Path) -> None:
     reader = ShardReader(write(tmp_path, SAMPLES), "train", MEMBERS)
     assert (len(reader), reader.keys) == (5, list(SAMPLES))
     assert [reader.key(number) for number in range(5)] == list(SAMPLES)
-    for key in SAMPLES:
-        reader.expect(key, "png")
+    assert reader.numbers(reversed(SAMPLES)).tolist() == [4, 3, 2, 1, 0]
+    with pytest.raises(KeyError, match="strange"):
+        reader.numbers(["strange"])
+    reader.expect(range(5), "png")
     pickled = pickle.dumps(reader)
     assert reader.read("00000004", "png") == b"pppp"
     assert reader.read("00000000", "png") == b""
     assert pickle.dumps(reader) == pickled, "no open file goes along"
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.read("00000003", "json") == b'{"row": 3}'
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=120),
+    st.integers(0, 2**33 - 1),
+)
+def test_a_header_is_tarfiles(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, 0, 0o644
+    try:
+        expected = info.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:
+        with pytest.raises(ValueError, match="name is too long"):
+            shards._header(name, size)
+    else:
+        assert shards._header(name, size) == expected
+
+
+def test_a_shard_is_byte_for_byte_tarfiles(tmp_path: Path) -> None:
+    members = [(f"{row}.bin", bytes([row]) * 700 * row) for row in range(40)]
+    with shards.writing_shard(tmp_path / "ours.tar") as write:
+        for name, content in members:
+            key, _, extension = name.partition(".")
+            write(key, {extension: content})
+    with tarfile.TarFile(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), 0o644
+            tar.addfile(info, io.BytesIO(content))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_many_are_read_at_once(tmp_path: Path) -> None:
+    samples = {f"{n}": {"bin": b"head" + bytes([n] * 6), "txt": b"x" * n} for n in (2, 0, 1)}
+    reader = ShardReader(write(tmp_path, samples), "train", frozenset({"bin", "txt"}))
+    rows = np.empty((4, 3), np.int16)
+    reader.read_each([0, 2, 1, 0], "bin", b"head", rows)
+    assert (rows == np.array([2, 1, 0, 2])[:, None] * 0x0101).all()
+    with pytest.raises(UserError, match=r"train-0000.\.tar: a bin is unlike the others"):
+        reader.read_each([0, 1], "bin", b"tail", rows[:2])
+    with pytest.raises(UserError, match="a txt is unlike the others"):
+        reader.read_each([0, 2], "txt", b"", np.empty((2, 2), np.uint8))
+    os.truncate(reader.paths[-1], 520)
+    with pytest.raises(UserError, match=f"{reader.paths[-1].name}: was cut short"):
+        reader.read_each([2], "bin", b"head", rows[:1])
 
 
 def test_other_prefixes_are_left_alone(tmp_path: Path) -> None:

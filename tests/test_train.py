@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import opening
+from ldm.cache import LatentCache
 from ldm.config import Encode, Pretrained, Sampling, Train
-from ldm.data import LatentCache
 from ldm.encode import encode
 from ldm.errors import UserError
 from ldm.live import metrics_of
@@ -183,9 +183,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[LatentCache, int], 
     """Latents of samples that are spoilt come out as NaN."""
     whole = LatentCache.latents
 
-    def latents(cache: LatentCache, sample: int, rng: np.random.Generator) -> np.ndarray:
-        drawn = whole(cache, sample, rng)
-        return drawn * np.nan if spoilt(cache, sample) else drawn
+    def latents(cache: LatentCache, samples: Sequence[int], noise: np.ndarray) -> np.ndarray:
+        drawn = whole(cache, samples, noise)
+        drawn[[spoilt(cache, sample) for sample in samples]] = np.nan
+        return drawn
 
     monkeypatch.setattr(LatentCache, "latents", latents)
 

@@ -13,8 +13,9 @@ from ldm.config.section import Count, Section, Share
 class Scenes(Section):
     """The embedded data set that ``ldm scenes`` writes."""
 
-    world: Literal["retrain", "scratch"] = "retrain"
-    """``retrain``: all shapes, for the demo. ``scratch``: the known ones, for making ``tiny``."""
+    world: Literal["retrain", "scratch", "polish"] = "retrain"
+    """``retrain``: all shapes, for the demo. ``scratch``, then ``polish``: the known ones, of which
+    ``tiny`` is made."""
     rows: Count = 4000
     validation_rows: Count = 256
     prompts: Count = 80

@@ -28,12 +28,11 @@ from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.live import Live
 from ldm.progress import progress
-from ldm.run_log import RunLog
+from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, taken_over
 
-LOG = "log.jsonl"
 SHEETS = "reconstructions"
 KEPT = 2
 """Checkpoints a part; the older one is for a newest that is damaged."""

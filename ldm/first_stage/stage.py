@@ -24,7 +24,7 @@ from ldm.device import device_of, precision_of
 from ldm.errors import UserError
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
 from ldm.first_stage.layout import LayoutReader, latents_of, layout_accuracy, train_layout
-from ldm.first_stage.loop import LOG, SHEETS, Run
+from ldm.first_stage.loop import SHEETS, Run
 from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import compared, reconstruct, train_vae
@@ -34,6 +34,7 @@ from ldm.locks import held
 from ldm.models import digest_weights
 from ldm.pipeline_folder import forget_origin
 from ldm.progress import say
+from ldm.run_log import LOG
 from ldm.shards import ShardReader
 
 PARTS = ("vae", "clip", "layout")
@@ -94,7 +95,7 @@ def first_stage(
             f"{images}: has aspect buckets, first-stage learns from squares; run `ldm ingest` with "
             "ingest.bucket_step null into another folder"
         )
-    device = device_of()
+    device = device_of(training=True)
     config = settled_first_stage(config, device)
     tower = None
     inputs = {"images": pictures.digest}

@@ -1,0 +1,99 @@
+"""The latents artifact as training reads it: many samples at a time, by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ldm.artifacts import Manifest, opening
+from ldm.latents import (
+    ABOUT,
+    HEADER_BYTES,
+    MOMENTS,
+    SAMPLE_MEMBERS,
+    STATES,
+    TEXT_MEMBERS,
+    TEXTS,
+    npy_header,
+    text_key,
+)
+from ldm.shards import ShardReader
+
+LOG_VARIANCES = -30.0, 20.0
+"""Least and greatest, as diffusers clips them."""
+
+
+class LatentCache:
+    """One split of a latents artifact, by sample number.
+
+    ``texts``: the captions' ``STATES``, or their ``IDS`` for a text encoder that is trained.
+    """
+
+    def __init__(self, folder: Path, split: str, texts: str = STATES) -> None:
+        assert texts in TEXT_MEMBERS
+        self._text_member = texts
+        self.manifest: Manifest = opening(folder, "latents", "encode")
+        self.split = split
+        self.scaling_factor = float(self.manifest.config["scaling_factor"])
+        self.shift_factor = float(self.manifest.config["shift_factor"])
+        self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)
+        self._texts = ShardReader(folder, TEXTS, TEXT_MEMBERS)
+        abouts = (json.loads(self._samples.read(key, ABOUT)) for key in self._samples)
+        self._text_of = self._texts.numbers(about["text"] for about in abouts)
+        (self._empty,) = self._texts.numbers([text_key("")])
+        heads = (self._samples.read(key, MOMENTS, HEADER_BYTES) for key in self._samples)
+        self.shapes = np.array([npy_header(head)[1] for head in heads])
+        """Of the samples' moments, by number: integers (samples, 3)."""
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def key(self, sample: int) -> str:
+        """The name of the sample in the shards, a hash of its URL; ``ldm trace`` tells which."""
+        return self._samples.key(sample)
+
+    def caption(self, sample: int) -> str:
+        """In the words of its row."""
+        return str(json.loads(self._samples.read(self.key(sample), ABOUT))["caption"])
+
+    def expect(self, samples: Sequence[int]) -> None:
+        """Have the system fetch samples and their texts from disk: they are read soon."""
+        self._samples.expect(samples, MOMENTS)
+        self._texts.expect(self._text_of[samples], self._text_member)
+
+    def moments(self, samples: Sequence[int]) -> np.ndarray:
+        """Unscaled posterior means above log-variances: (n, 2 x channels, height, width)."""
+        return _arrays(self._samples, samples, MOMENTS)
+
+    def texts(self, samples: Sequence[int], dropped: Sequence[bool] | None = None) -> np.ndarray:
+        """Captions, the empty one where it is ``dropped``: (n, tokens, width) or (n, tokens)."""
+        numbers = self._text_of[samples]
+        if dropped is not None:
+            numbers[dropped] = self._empty
+        return _arrays(self._texts, numbers, self._text_member)
+
+    def latents(self, samples: Sequence[int], noise: np.ndarray) -> np.ndarray:
+        """Posterior samples, shifted and scaled to about unit variance: float32 (n, c, h, w).
+
+        ``noise`` is of that shape and standard normal; with zeros they are the means.
+        """
+        means, log_variances = np.split(self.moments(samples).astype(np.float32), 2, axis=1)
+        drawn = means + np.exp(0.5 * np.clip(log_variances, *LOG_VARIANCES)) * noise
+        return (drawn - self.shift_factor) * self.scaling_factor
+
+    def latent_shape(self, sample: int) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.shapes[sample].tolist()
+        return channels // 2, height, width
+
+
+def _arrays(reader: ShardReader, numbers: Sequence[int], member: str) -> np.ndarray:
+    """The arrays of these samples, which are all of one shape: (n, ...)."""
+    first = reader.read(reader.key(numbers[0]), member, HEADER_BYTES)
+    header, shape, dtype = npy_header(first)
+    arrays = np.empty((len(numbers), *shape), dtype)
+    reader.read_each(numbers, member, header, arrays)
+    return arrays
