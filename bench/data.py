@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from bench.compare import compare
 from bench.peak import peak
+from bench.sd_encoders import TOKENS, sd_encoders
 from bench.synthetic import caption, origin, write_images, write_latents
 from ldm.cache import LatentCache
 from ldm.config import Encode, Ingest, Pretrained
@@ -120,29 +121,47 @@ def made_by_ldm(folder: Path) -> int:
 
 def encode_speed() -> None:
     """The whole of ``encode``, from shards to shards, over VAE and CLIP on batches in memory."""
-    pictures, side = 128 if SMALL else 8192, 64
+    pictures, large = (128, 4) if SMALL else (8192, 32)
     with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "images"
-        write_images(images, pictures, side)
-        compare(
-            f"encode, tiny, {pictures} pictures of {side} pixels with a caption each: a second",
-            ("bare encoders", bare_encoders(images)),
-            ("ldm encode", lambda: encode_aside(images)),
-            pictures,
-            ROUNDS,
-        )
+        encoding("tiny", Pretrained().pipeline, Path(folder), pictures, 64, BATCH, ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        write_sd(Path(folder) / "sd")
+        encoding("SD", f"{folder}/sd", Path(folder), large, 64 if SMALL else 256, 4, min(ROUNDS, 2))
 
 
-def bare_encoders(images: Path) -> Callable[[], None]:
+def encoding(
+    name: str, pipeline: str, folder: Path, pictures: int, side: int, batch: int, rounds: int
+) -> None:
+    images = folder / "images"
+    write_images(images, pictures, side)
+    compare(
+        f"encode, {name}, {pictures} pictures of {side} pixels with a caption each: a second",
+        ("bare encoders", bare_encoders(images, pipeline, batch)),
+        ("ldm encode", lambda: encode_aside(images, pipeline, batch)),
+        pictures,
+        rounds,
+    )
+
+
+def write_sd(folder: Path) -> None:
+    """What ``encode`` reads of a pipeline, of the size of Stable Diffusion 1."""
+    vae, clip = sd_encoders(small=SMALL)
+    tokenizer = load_encoders(locate("tiny")).tokenizer
+    tokenizer.model_max_length = TOKENS
+    for part, one in {"vae": vae, "text_encoder": clip, "tokenizer": tokenizer}.items():
+        one.save_pretrained(folder / part)
+
+
+def bare_encoders(images: Path, pipeline: str, batch_size: int) -> Callable[[], None]:
     """A function that encodes what it holds in memory, and forgets the results."""
     device = device_of()
-    encoders = load_encoders(locate(Pretrained().pipeline))
+    encoders = load_encoders(locate(pipeline))
     vae, clip = encoders.vae.to(device), encoders.text_encoder.to(device)
     reader = ShardReader(images, "train", frozenset({"png", "json"}))
     pictures = np.stack([decode_image(reader.read(key, "png")) for key in reader])
     captions = [json.loads(reader.read(key, "json"))["caption"] for key in reader]
-    pixels = to_model(pictures).split(BATCH)
-    ids = tokenize(encoders.tokenizer, captions).split(BATCH)
+    pixels = to_model(pictures).split(batch_size)
+    ids = tokenize(encoders.tokenizer, captions).split(batch_size)
 
     @torch.no_grad()
     def run() -> None:
@@ -154,7 +173,7 @@ def bare_encoders(images: Path) -> Callable[[], None]:
     return run
 
 
-def encode_aside(images: Path) -> None:
+def encode_aside(images: Path, pipeline: str, batch_size: int) -> None:
     """``ldm encode`` without its process's start, quietly, where nothing is known yet."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -162,7 +181,9 @@ def encode_aside(images: Path) -> None:
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
     ):
-        encode(Encode(), Pretrained(), images, Path(folder) / "latents", Path(folder) / "runs")
+        latents, runs = (Path(folder) / name for name in ("latents", "runs"))
+        config = Encode(batch_size=batch_size)
+        encode(config, Pretrained(pipeline=pipeline), images, latents, runs)
 
 
 def load_speed() -> None:

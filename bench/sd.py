@@ -20,13 +20,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.compare import compare
 from bench.loops import Precision, bare, encoding
+from bench.sd_encoders import TOKENS, WIDTH, sd_encoders
 from bench.synthetic import write_latents
 from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
@@ -45,7 +45,6 @@ SMALL = "--small" in sys.argv
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Operations a second with dense bfloat16 matrices, by the makers' data sheets (SXM)."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-TOKENS, WIDTH = 77, 768
 
 
 @dataclass(frozen=True)
@@ -218,19 +217,8 @@ def training(unet: Network, size: Size, folder: Path) -> Iterator[Callable[[], o
 
 def encoding_at(size: Size) -> Callable[[], Batch]:
     """Batches by a VAE and a CLIP of Stable Diffusion's size, in bfloat16."""
-    widths = (32, 32, 32, 32) if SMALL else (128, 256, 512, 512)
     with DEVICE:
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        ).to(torch.bfloat16)
-        text = CLIPTextConfig(
-            hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12,
-            num_attention_heads=12, vocab_size=49408, eos_token_id=49407,
-        )  # fmt: skip
-        clip = CLIPTextModel(text).to(torch.bfloat16)
+        vae, clip = (one.to(torch.bfloat16) for one in sd_encoders(small=SMALL))
     pictures = torch.randn(size.full, 3, size.pixels, size.pixels, device=DEVICE)
     ids = torch.randint(0, 49406, (size.full, TOKENS), device=DEVICE)
     return encoding(vae, clip, pictures, ids, nullcontext)

@@ -20,7 +20,7 @@ from ldm.latents import (
     npy_header,
     text_key,
 )
-from ldm.shards import ShardReader
+from ldm.shards import Numbers, ShardReader
 
 LOG_VARIANCES = -30.0, 20.0
 """Least and greatest, as diffusers clips them."""
@@ -90,7 +90,7 @@ class LatentCache:
         return channels // 2, height, width
 
 
-def _arrays(reader: ShardReader, numbers: Sequence[int], member: str) -> np.ndarray:
+def _arrays(reader: ShardReader, numbers: Numbers, member: str) -> np.ndarray:
     """The arrays of these samples, which are all of one shape: (n, ...)."""
     first = reader.read(reader.key(numbers[0]), member, HEADER_BYTES)
     header, shape, dtype = npy_header(first)

@@ -166,7 +166,12 @@ def _batch(
     latents: np.ndarray, noise: np.ndarray, texts: np.ndarray, timesteps: Sequence[int]
 ) -> Batch:
     texts = texts if texts.dtype == np.int64 else texts.astype(np.float32, copy=False)
-    return Batch(*map(torch.from_numpy, (latents, noise, texts)), torch.tensor(timesteps))
+    return Batch(
+        torch.from_numpy(latents),
+        torch.from_numpy(noise),
+        torch.from_numpy(texts),
+        torch.tensor(timesteps),
+    )
 
 
 def spread_share(seed: int, position: int) -> float:

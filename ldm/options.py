@@ -101,7 +101,7 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompts", type=Path, help="file of prompts: .txt, .csv, .jsonl or .parquet")
     sub.add_argument("--steps", type=int, help="denoising steps")
     sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
-    sub.add_argument("--sampler", help="dpm++, euler, lms, ddim, ddpm or pndm")
+    sub.add_argument("--sampler", help="dpm++, dpm++sde, euler, lms, ddim, ddpm or pndm")
     sub.add_argument("--seed", type=int, help="of a prompt's first picture; default: 0")
     sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     sub.add_argument("--height", type=int)

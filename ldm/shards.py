@@ -21,6 +21,8 @@ import numpy as np
 from ldm.errors import UserError
 
 BUFFER = 2**20
+Numbers = Sequence[int] | np.ndarray
+"""Places of samples in the order of the shards."""
 
 
 class ShardWriter:
@@ -193,7 +195,7 @@ class ShardReader:
         return content
 
     def read_each(
-        self, numbers: Sequence[int], extension: str, start: bytes, rows: np.ndarray
+        self, numbers: Numbers, extension: str, start: bytes, rows: np.ndarray
     ) -> None:
         """Read the members at these places into ``rows``, but for the ``start`` that all have.
 
@@ -208,12 +210,12 @@ class ShardReader:
                 path = self.paths[shard]
                 raise UserError(f"{path}: a {extension} is unlike the others; make them again")
 
-    def expect(self, numbers: Sequence[int], extension: str) -> None:
+    def expect(self, numbers: Numbers, extension: str) -> None:
         """Have the system fetch members from disk, so that reading them then need not wait."""
         for shard, offset, size in self._members(numbers, extension):
             os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _members(self, numbers: Sequence[int], extension: str) -> list[tuple[int, int, int]]:
+    def _members(self, numbers: Numbers, extension: str) -> list[tuple[int, int, int]]:
         """Shard, offset and size of the members at these places."""
         return self._spans[self._order[numbers], self._columns[extension]].tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,12 +24,15 @@ from ldm.schedulers import FLOW_SAMPLERS, SAMPLERS, Sampler, make_sampler
 
 REFERENCES: dict[str, Any] = {
     "dpm++": DPMSolverMultistepScheduler,
+    "dpm++sde": partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"),
     "euler": EulerDiscreteScheduler,
     "lms": LMSDiscreteScheduler,
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
     "pndm": PNDMScheduler,
 }
+NOISE = {"ddpm": "generator", "dpm++sde": "variance_noise"}
+"""How diffusers' scheduler is told which fresh noise to add."""
 STEPS = (1, 4, 10, 20, 50)
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOWING = {"num_train_timesteps": 1000, "prediction_type": FLOW}
@@ -43,8 +47,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pndm", {**SD, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": True}),
     ("pndm", {**SD, "skip_prk_steps": True, "timestep_spacing": "trailing"}),
     ("dpm++", {**SD, "final_sigmas_type": "sigma_min"}),
-    ("dpm++", {**COSINE, "timestep_spacing": "trailing", "lambda_min_clipped": -5.1}),
-    ("dpm++", {**COSINE, "timestep_spacing": "linspace", "lambda_min_clipped": -5.1}),
+    *(
+        (name, {**COSINE, "timestep_spacing": spacing, "lambda_min_clipped": -5.1})
+        for name in ("dpm++", "dpm++sde")
+        for spacing in ("trailing", "linspace")
+    ),
 ]
 
 
@@ -53,7 +60,7 @@ def reference_of(name: str, schedule: dict[str, Any]) -> Any:
     extra = {"clip_sample": False} if name in ("ddim", "ddpm") else {}
     scheduler = REFERENCES[name](**schedule, **extra)
     scheduler.alphas_cumprod = abar = alphas_cumprod(scheduler.config)
-    if name == "dpm++":
+    if name.startswith("dpm++"):
         scheduler.lambda_t = 0.5 * torch.log(abar / (1 - abar))
     if name in ("ddim", "pndm"):
         ends_at_one = scheduler.config.set_alpha_to_one
@@ -62,7 +69,7 @@ def reference_of(name: str, schedule: dict[str, Any]) -> Any:
 
 
 def walk_together(
-    ours: Sampler, theirs: Any, *, scaled: bool = True, ancestral: bool = False
+    ours: Sampler, theirs: Any, *, scaled: bool = True, noise: str | None = None
 ) -> None:
     """Both take every step from the same latents, outputs and fresh noise."""
     assert ours.timesteps == pytest.approx(theirs.timesteps.tolist(), abs=1e-4)
@@ -77,11 +84,12 @@ def walk_together(
             given = theirs.scale_model_input(latents, timestep)
             torch.testing.assert_close(ours.model_input(latents, call), given, rtol=1e-5, atol=1e-5)
         output, seed = draw(), 1000 * ours.steps + call
-        noise = torch.randn(
+        fresh = torch.randn(
             output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
-        options = {"generator": torch.Generator().manual_seed(seed)} if ancestral else {}
-        mine = ours.step(output, call, latents) + ours.noise_scale(call) * noise
+        given = {"generator": torch.Generator().manual_seed(seed), "variance_noise": fresh}
+        options = {noise: given[noise]} if noise else {}
+        mine = ours.step(output, call, latents) + ours.noise_scale(call) * fresh
         expected = theirs.step(output, timestep, latents, return_dict=False, **options)[0]
         scale = float(expected.abs().max())
         torch.testing.assert_close(mine, expected.double(), rtol=1e-5, atol=1e-5 * max(scale, 1))
@@ -100,23 +108,21 @@ def test_it_equals_diffusers(name: str, settings: dict[str, Any], prediction: st
         theirs.set_timesteps(steps)
         ours = SAMPLERS[name](dict(theirs.config), steps)
         assert ours.start_scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
-        walk_together(ours, theirs, ancestral=name == "ddpm")
+        walk_together(ours, theirs, noise=NOISE.get(name))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("name", ["euler", "dpm++"])
+@pytest.mark.parametrize("name", ["euler", "dpm++", "dpm++sde"])
 def test_flows_equal_diffusers(name: str, shift: float) -> None:
     """Euler's method, and DPM-Solver++ on a flow."""
     for steps in STEPS:
         if name == "euler":
             theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
         else:
-            theirs = DPMSolverMultistepScheduler(
-                prediction_type=FLOW, use_flow_sigmas=True, flow_shift=shift
-            )
+            theirs = REFERENCES[name](prediction_type=FLOW, use_flow_sigmas=True, flow_shift=shift)
         theirs.set_timesteps(steps)
         ours = make_sampler(name, {**FLOWING, "flow_shift": shift}, steps)
-        walk_together(ours, theirs, scaled=name == "dpm++")
+        walk_together(ours, theirs, scaled=name != "euler", noise=NOISE.get(name))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -160,6 +166,7 @@ def test_a_perfect_network_leads_to_the_picture_along_a_flow(name: str, shift: f
         nearest = int((levels.told - timestep).abs().argmin())
         spread = float(levels.spread[nearest])
         latents = sampler.step((latents - original) / spread, call, latents)
+        latents = latents + sampler.noise_scale(call) * torch.randn_like(latents)
     assert float((latents - original).abs().max()) < 0.02
 
 

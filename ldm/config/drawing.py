@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from ldm.config.section import Count, Precision, Section, Share
 
+Sampler = Literal["dpm++", "dpm++sde", "euler", "lms", "ddim", "ddpm", "pndm"]
+
 
 class Sampling(Section):
     """How pictures are drawn."""
 
-    sampler: Literal["dpm++", "euler", "lms", "ddim", "ddpm", "pndm"] = "dpm++"
+    sampler: Sampler = "dpm++"
     implementation: Literal["ldm", "diffusers"] = "ldm"
     """Whose code takes the steps; the pictures are the same."""
     steps: Count = 20
@@ -31,14 +33,17 @@ class Sampling(Section):
 
     @model_validator(mode="after")
     def _own_noise(self) -> Self:
-        if self.sampler == "ddpm" and self.implementation == "diffusers":
-            raise ValueError("sampler ddpm: diffusers' draws its own noise; set implementation ldm")
+        if self.sampler in ("ddpm", "dpm++sde") and self.implementation == "diffusers":
+            raise ValueError(
+                f"sampler {self.sampler}: diffusers' draws its own noise; set implementation ldm"
+            )
         return self
 
 
 class EvaluationSampling(Sampling):
     """How evaluation draws: hundreds of pictures, whose share that is right bfloat16 keeps."""
 
+    sampler: Sampler = "dpm++sde"
     compute: Precision = "auto"
     """Precision of the UNet."""
 

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M): second order in the log signal-to-noise ratio (arXiv:2211.01095)."""
+"""DPM-Solver++(2M), and its SDE: second order in log(signal / noise) (arXiv:2211.01095)."""
 
 from __future__ import annotations
 
@@ -34,15 +34,22 @@ class DPMSolverSampler(Sampler):
 
     def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """First order for the first step and where the end wants it, else second."""
-        abar, after = self._levels[call : call + 2]
-        original = predicted_original(self.prediction, abar, latents, output)
-        before, self._before = self._before, original
-        width = half_log_snr(after) - half_log_snr(abar)
-        if before is not None and not (call == len(self.timesteps) - 1 and self._plain_end):
-            past = half_log_snr(abar) - half_log_snr(self._levels[call - 1])
-            original = original + width / (2 * past) * (original - before)
+        original, (abar, after) = self._original(output, call, latents), self._levels[call:][:2]
         kept = ((1 - after) / (1 - abar)) ** 0.5
-        return kept * latents - after**0.5 * math.expm1(-width) * original
+        return kept * latents - after**0.5 * math.expm1(-self._width(call)) * original
+
+    def _original(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """As the network predicts it; in a step of second order, as it will in half a step."""
+        original = predicted_original(self.prediction, self._levels[call], latents, output)
+        before, self._before = self._before, original
+        if before is None or (call == len(self.timesteps) - 1 and self._plain_end):
+            return original
+        return original + self._width(call) / (2 * self._width(call - 1)) * (original - before)
+
+    def _width(self, call: int) -> float:
+        """Of a step, in lambda: infinite where it goes to zero noise."""
+        abar, after = self._levels[call : call + 2]
+        return half_log_snr(after) - half_log_snr(abar)
 
     @property
     def _plain_end(self) -> bool:
@@ -55,6 +62,24 @@ class DPMSolverSampler(Sampler):
         if self.schedule.get("timestep_spacing") == "trailing":
             return spaced(self.schedule, self.steps, "trailing", usable=usable)
         return spaced(self.schedule, self.steps + 1, "linspace", usable=usable)[:-1]
+
+
+class DPMSolverSDESampler(DPMSolverSampler):
+    """SDE-DPM-Solver++(2M): each step forgets more of the latents, and adds fresh noise for it.
+
+    That lets it mend what it took for the original when there was little to see.
+    """
+
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """As :class:`DPMSolverSampler`'s, before the fresh noise."""
+        original, (abar, after) = self._original(output, call, latents), self._levels[call:][:2]
+        width = self._width(call)
+        kept = ((1 - after) / (1 - abar)) ** 0.5 * math.exp(-width)
+        return kept * latents - after**0.5 * math.expm1(-2 * width) * original
+
+    def noise_scale(self, call: int) -> float:
+        """What brings the noise back to its level; none at zero noise."""
+        return (-(1 - self._levels[call + 1]) * math.expm1(-2 * self._width(call))) ** 0.5
 
 
 def half_log_snr(abar: float) -> float:

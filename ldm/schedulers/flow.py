@@ -56,16 +56,37 @@ class FlowSolverSampler(FlowSampler):
 
     def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
         """First order for the first step and the last, else second."""
-        spread, after = self.spreads[call : call + 2]
-        original = latents - spread * output
+        original, (spread, after) = self._original(output, call, latents), self.spreads[call:][:2]
+        return after / spread * latents - (1 - after) * math.expm1(-self._width(call)) * original
+
+    def _original(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """As the network predicts it; in a step of second order, as it will in half a step."""
+        original = latents - self.spreads[call] * output
         before, self._before = self._before, original
-        width = self._log_ratio(call + 1) - self._log_ratio(call)
-        if before is not None and after > 0:
-            past = self._log_ratio(call) - self._log_ratio(call - 1)
-            original = original + width / (2 * past) * (original - before)
-        return after / spread * latents - (1 - after) * math.expm1(-width) * original
+        if before is None or self.spreads[call + 1] == 0:
+            return original
+        return original + self._width(call) / (2 * self._width(call - 1)) * (original - before)
+
+    def _width(self, call: int) -> float:
+        """Of a step, in lambda: infinite where it goes to zero noise."""
+        return self._log_ratio(call + 1) - self._log_ratio(call)
 
     def _log_ratio(self, call: int) -> float:
         """``log(signal / spread)``, lambda in the paper: infinite where there is no noise."""
         spread = self.spreads[call]
         return math.inf if spread == 0 else math.log((1 - spread) / spread)
+
+
+class FlowSolverSDESampler(FlowSolverSampler):
+    """SDE-DPM-Solver++(2M): each step forgets more of the latents, and adds fresh noise for it."""
+
+    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """As :class:`FlowSolverSampler`'s, before the fresh noise."""
+        original, (spread, after) = self._original(output, call, latents), self.spreads[call:][:2]
+        width = self._width(call)
+        kept = after / spread * math.exp(-width)
+        return kept * latents - (1 - after) * math.expm1(-2 * width) * original
+
+    def noise_scale(self, call: int) -> float:
+        """What brings the noise back to its level; none at zero noise."""
+        return self.spreads[call + 1] * (-math.expm1(-2 * self._width(call))) ** 0.5

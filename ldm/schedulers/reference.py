@@ -25,7 +25,7 @@ SCHEDULERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
 }
-"""The deterministic ones: diffusers' DDPM draws its noise itself."""
+"""The deterministic ones: diffusers' DDPM and SDE solvers draw their noise themselves."""
 FLOW_SCHEDULERS = {
     "dpm++": DPMSolverMultistepScheduler,
     "euler": FlowMatchEulerDiscreteScheduler,
