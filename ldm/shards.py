@@ -194,9 +194,7 @@ class ShardReader:
             raise self._cut(shard)
         return content
 
-    def read_each(
-        self, numbers: Numbers, extension: str, start: bytes, rows: np.ndarray
-    ) -> None:
+    def read_each(self, numbers: Numbers, extension: str, start: bytes, rows: np.ndarray) -> None:
         """Read the members at these places into ``rows``, but for the ``start`` that all have.
 
         UserError for one that starts otherwise, or is not so long.
