@@ -58,7 +58,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory, one_scene: Path) -> Path:
     return run_here(Path("tiny"), one_scene, folder, **RANDOM, **settings, noise=noise)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm++"])
+@pytest.mark.parametrize("sampler", ["euler", "dpm++", "dpm++sde"])
 def test_a_flow_learns_a_picture_and_draws_it(flow: Path, sampler: str) -> None:
     losses = [line["loss"] for line in read_log(flow) if "loss" in line]
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
