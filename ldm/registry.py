@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, tracking
-from ldm.artifacts import MANIFEST, Manifest, opening
+from ldm.artifacts import MANIFEST, Manifest, digest_json, opening
 from ldm.config import Registry, Sampling
 from ldm.config.section import flat
 from ldm.errors import UserError
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 GATE = "gate.json"
-EVAL_DIGEST = "eval_digest"
+EVAL_DIGEST, PROMPTS, SAMPLING = "eval_digest", "prompts_digest", "sampling_digest"
+OTHERWISE = {PROMPTS: "on other prompts", SAMPLING: "by pictures drawn with other settings"}
+"""What a decision notes where two versions' tags differ."""
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 # Tags of a version that promotion and rollback write.
 REPLACED, ROLLED_BACK = "replaced", "rolled_back"
@@ -143,7 +145,8 @@ def _lineage(
     tags = {
         tracking.MODEL_DIGEST: trained.digest,
         EVAL_DIGEST: judged.digest,
-        "prompts_digest": judged.inputs["prompts"],
+        PROMPTS: judged.inputs["prompts"],
+        SAMPLING: digest_json(judged.config["sampling"]),
         "ldm_version": __version__,
         **{f"{name}_digest": digest for name, digest in trained.inputs.items()},
     }
@@ -194,8 +197,9 @@ def _decide(
     if champion is not None:
         current, reference = tracking.version_of(client, config.model, champion)
         against = f"version {champion}"
-        if candidate.tags.get("prompts_digest") != current.tags.get("prompts_digest"):
-            note = f" ({against} was judged on other prompts)"
+        differ = (tag for tag in OTHERWISE if candidate.tags.get(tag) != current.tags.get(tag))
+        if others := [OTHERWISE[tag] for tag in differ]:
+            note = f" ({against} was judged {' and '.join(others)})"
     rows = judge(config.gate, metrics, reference, against)
     promoted, reason = verdict(rows, against)
     if ROLLED_BACK in candidate.tags and not by_name:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm import encoded
+from ldm.artifacts import digest_tree
 from ldm.config import Encode
 from ldm.encoded import Encoded
 from ldm.encoders import Encoder, picture_encoder, text_encoder
@@ -23,6 +24,7 @@ from ldm.errors import UserError
 from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
+from tests.conftest import training_before
 from tests.encoding import SETTINGS, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
 
@@ -57,6 +59,15 @@ def project(first: Project, tmp_path: Path) -> Project:
     write_rows(project.images, rows())
     shutil.copytree(first.runs, project.runs)
     return project
+
+
+def test_a_training_before_in_the_same_process_changes_nothing(
+    first: Project, project: Project
+) -> None:
+    shutil.rmtree(project.runs)
+    with training_before():
+        project.encode()
+    assert digest_tree(project.out) == digest_tree(first.out)
 
 
 def other_caption(project: Project) -> None:

@@ -77,10 +77,12 @@ def model_of(folder: Path, pipeline: Path, mark: str = "", latents: str = "none"
     return folder / "model"
 
 
-def evaluation_of(folder: Path, model: Path, prompts: str = "same", **metrics: float) -> Path:
+def evaluation_of(
+    folder: Path, model: Path, prompts: str = "same", steps: int = 2, **metrics: float
+) -> Path:
     """An evaluation of ``model``; metrics not given are as good as the start."""
     inputs = {"model": opening(model, "model", "train").digest, "prompts": prompts}
-    config = Evaluate(sampling=SAMPLING).as_dict()
+    config = Evaluate(sampling=SAMPLING.model_copy(update={"steps": steps})).as_dict()
     with writing(folder / "eval", "eval", config=config, inputs=inputs) as fresh:
         values = {**START, "val_loss": 0.8, **metrics, "start": START}
         (fresh / "metrics.json").write_text(json.dumps(values))
@@ -362,6 +364,7 @@ def test_promotion_and_the_way_back(
     assert not decision.promoted
     assert decision.against == f"version {first}"
     assert "adherence 0.800 -> 0.700 (may fall by 0.03 at most)" in decision.reason
+    assert "judged" not in decision.reason
     assert aliases(config) == {"challenger": worse, "champion": first}
     told = client.get_model_version(config.model, worse)
     assert (told.tags["gate"], told.tags["gate_reason"]) == ("failed", decision.reason)
@@ -369,10 +372,13 @@ def test_promotion_and_the_way_back(
     kept = json.loads(Path(path).read_text())
     assert (kept["promoted"], len(kept["rows"])) == (False, len(decision.rows))
 
-    better = version(config, tmp_path, pipeline, "better", adherence_new=0.9, prompts="other")
+    better = version(
+        config, tmp_path, pipeline, "better", adherence_new=0.9, prompts="other", steps=3
+    )
     decision = promote(config)
     assert decision.promoted
-    assert f"(version {first} was judged on other prompts)" in decision.reason
+    other = "judged on other prompts and by pictures drawn with other settings"
+    assert decision.reason.endswith(f" (version {first} was {other})")
     assert aliases(config) == {"challenger": better, "champion": better, "previous": first}
 
     assert rollback(config) == first

@@ -35,7 +35,8 @@ class Sampling(Section):
     def _own_noise(self) -> Self:
         if self.sampler in ("ddpm", "dpm++sde") and self.implementation == "diffusers":
             raise ValueError(
-                f"sampler {self.sampler}: diffusers' draws its own noise; set implementation ldm"
+                f"sampler {self.sampler}: diffusers' draws its own noise; set sampler dpm++, or "
+                "implementation ldm"
             )
         return self
 
