@@ -218,7 +218,8 @@ def ended(process: Popen[bytes]) -> tuple[int, str]:
     """The exit code as a shell sees it, and the last line on stderr."""
     _, said = process.communicate()
     code = process.returncode
-    return code if code >= 0 else 128 - code, said.decode().strip().splitlines()[-1]
+    lines = said.decode().strip().splitlines() or [""]  # Killed at once, it says nothing.
+    return code if code >= 0 else 128 - code, lines[-1]
 
 
 @pytest.mark.slow
