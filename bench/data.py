@@ -12,32 +12,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import count, product
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from bench import SMALL, encode
 from bench.compare import compare
 from bench.peak import peak
-from bench.sd_encoders import TOKENS, sd_encoders
 from bench.synthetic import caption, origin, write_images, write_latents
 from ldm.cache import LatentCache
-from ldm.config import Encode, Ingest, Pretrained
+from ldm.config import Ingest
 from ldm.data import TrainingBatches
-from ldm.device import device_of
-from ldm.encode import encode
-from ldm.images import decode_image, to_model
 from ldm.latents import IDS, MOMENTS, SAMPLE_MEMBERS, STATES, TEXT_MEMBERS, TEXTS, from_npy
-from ldm.models import load_encoders, locate
 from ldm.shards import ShardReader
-from ldm.text import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--small" in sys.argv
 ROUNDS = 1 if SMALL else 5
 BATCH = 64
 FEW, MANY = (100, 1_000) if SMALL else (1_000, 100_000)
@@ -46,7 +38,7 @@ FEW, MANY = (100, 1_000) if SMALL else (1_000, 100_000)
 def main() -> None:
     """Print all tables."""
     ingest_speed()
-    encode_speed()
+    encode.speed()
     load_speed()
     memory()
     cache_size(Path("artifacts/latents"))
@@ -117,73 +109,6 @@ def made_by_img2dataset(folder: Path) -> int:
 
 def made_by_ldm(folder: Path) -> int:
     return json.loads((folder / "artifacts/images/manifest.json").read_text())["counts"]["train"]
-
-
-def encode_speed() -> None:
-    """The whole of ``encode``, from shards to shards, over VAE and CLIP on batches in memory."""
-    pictures, large = (128, 4) if SMALL else (8192, 32)
-    with tempfile.TemporaryDirectory() as folder:
-        encoding("tiny", Pretrained().pipeline, Path(folder), pictures, 64, BATCH, ROUNDS)
-    with tempfile.TemporaryDirectory() as folder:
-        write_sd(Path(folder) / "sd")
-        encoding("SD", f"{folder}/sd", Path(folder), large, 64 if SMALL else 256, 4, min(ROUNDS, 2))
-
-
-def encoding(
-    name: str, pipeline: str, folder: Path, pictures: int, side: int, batch: int, rounds: int
-) -> None:
-    images = folder / "images"
-    write_images(images, pictures, side)
-    compare(
-        f"encode, {name}, {pictures} pictures of {side} pixels with a caption each: a second",
-        ("bare encoders", bare_encoders(images, pipeline, batch)),
-        ("ldm encode", lambda: encode_aside(images, pipeline, batch)),
-        pictures,
-        rounds,
-    )
-
-
-def write_sd(folder: Path) -> None:
-    """What ``encode`` reads of a pipeline, of the size of Stable Diffusion 1."""
-    vae, clip = sd_encoders(small=SMALL)
-    tokenizer = load_encoders(locate("tiny")).tokenizer
-    tokenizer.model_max_length = TOKENS
-    for part, one in {"vae": vae, "text_encoder": clip, "tokenizer": tokenizer}.items():
-        one.save_pretrained(folder / part)
-
-
-def bare_encoders(images: Path, pipeline: str, batch_size: int) -> Callable[[], None]:
-    """A function that encodes what it holds in memory, and forgets the results."""
-    device = device_of()
-    encoders = load_encoders(locate(pipeline))
-    vae, clip = encoders.vae.to(device), encoders.text_encoder.to(device)
-    reader = ShardReader(images, "train", frozenset({"png", "json"}))
-    pictures = np.stack([decode_image(reader.read(key, "png")) for key in reader])
-    captions = [json.loads(reader.read(key, "json"))["caption"] for key in reader]
-    pixels = to_model(pictures).split(batch_size)
-    ids = tokenize(encoders.tokenizer, captions).split(batch_size)
-
-    @torch.no_grad()
-    def run() -> None:
-        for batch in pixels:
-            vae.encode(batch.to(device)).latent_dist.parameters.cpu()
-        for batch in ids:
-            clip(batch.to(device)).last_hidden_state.cpu()
-
-    return run
-
-
-def encode_aside(images: Path, pipeline: str, batch_size: int) -> None:
-    """``ldm encode`` without its process's start, quietly, where nothing is known yet."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stdout(nowhere),
-        redirect_stderr(nowhere),
-    ):
-        latents, runs = (Path(folder) / name for name in ("latents", "runs"))
-        config = Encode(batch_size=batch_size)
-        encode(config, Pretrained(pipeline=pipeline), images, latents, runs)
 
 
 def load_speed() -> None:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from bench.compare import compare
 from ldm.denoiser import load_unet
-from ldm.device import autocast, device_of
+from ldm.device import autocast, device_of, plain_attention
 from ldm.models import locate
 from ldm.unet import denoise, from_scratch
 
@@ -25,13 +25,16 @@ SD_BLOCK = {
 """The finest level of Stable Diffusion 1, at 256 pixels."""
 
 
+DEVICE = device_of()
+
+
+@plain_attention(DEVICE)
 def main() -> None:
     """Print steps a second of both, at the shape of ``tiny`` and of a level of Stable Diffusion."""
-    device = device_of(training=True)
     tiny = load_unet(locate("tiny"), "diffusers")
-    run("tiny, batch 64, precision auto", tiny, 64, 40, device)
+    run("tiny, batch 64, precision auto", tiny, 64, 40, DEVICE)
     torch.manual_seed(0)
-    run("a level of SD 1, batch 1, float32", UNet2DConditionModel(**SD_BLOCK), 1, 77, device)
+    run("a level of SD 1, batch 1, float32", UNet2DConditionModel(**SD_BLOCK), 1, 77, DEVICE)
 
 
 def run(title: str, theirs: Any, batch: int, tokens: int, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import SMALL
 from bench.compare import compare
 from bench.loops import Precision, bare, encoding
 from bench.sd_encoders import TOKENS, WIDTH, sd_encoders
@@ -32,7 +33,7 @@ from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
 from ldm.data import Batch
 from ldm.denoiser import Denoiser
-from ldm.device import device_of
+from ldm.device import device_of, plain_attention
 from ldm.objective import Objective
 from ldm.run_log import LOG, RunLog
 from ldm.starting_point import fresh_schedule
@@ -41,7 +42,6 @@ from ldm.train import accelerator_for, settled_training
 from ldm.trainer import Trainer
 from ldm.unet import Network, denoise, from_scratch
 
-SMALL = "--small" in sys.argv
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Operations a second with dense bfloat16 matrices, by the makers' data sheets (SXM)."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -57,9 +57,10 @@ class Size:
 
 
 SIZES = (Size(64, 1, 2),) if SMALL else (Size(512, 4, 32), Size(256, 16, 128))
-DEVICE = device_of(training=True)
+DEVICE = device_of()
 
 
+@plain_attention(DEVICE)
 def main() -> None:
     """Print the ladder and the two comparisons for each size."""
     card = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"

@@ -27,7 +27,7 @@ from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
 from ldm.data import Batch
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
-from ldm.device import autocast, device_of
+from ldm.device import autocast, device_of, plain_attention
 from ldm.models import load_encoders, locate
 from ldm.objective import Objective
 from ldm.run_log import LOG, RunLog
@@ -38,10 +38,11 @@ from ldm.trainer import Trainer
 
 LATENTS = Path("artifacts/latents")
 BATCH, ROUNDS, STEPS, SIDE = 64, 7, 20, 64
-DEVICE = device_of(training=True)
+DEVICE = device_of()
 SOURCE = locate(Pretrained().pipeline)
 
 
+@plain_attention(DEVICE)
 def main() -> None:
     """Print samples a second of the loops and their ratios, and the seconds of a start."""
     title = f"training, tiny, batch {BATCH}, precision auto: samples a second"

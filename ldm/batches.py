@@ -2,8 +2,7 @@
 
 The last bits of a result depend on the shape of its batch and, on a CPU, on how threads share that:
 of 63 pictures on two threads, each place gives others. So every batch is of items of one shape and
-full, if need be filled up with copies, and of several computed at a time each has one thread. They
-also depend on the kernel of attention: a training in this process may have narrowed the choice.
+full, if need be filled up with copies, and of several computed at a time each has one thread.
 """
 
 from __future__ import annotations
@@ -16,14 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Item = TypeVar("Item")
-KERNELS: list[SDPBackend] = [
-    *(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
-    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH),
-]
-"""Of attention, all: torch takes the best that a device and a shape have."""
 
 
 def in_full_batches(
@@ -47,7 +40,7 @@ def in_full_batches(
     threads_each = threads if at_a_time == 1 else 1
     pool = ThreadPoolExecutor(at_a_time, "batch", torch.set_num_threads, (threads_each,))
     try:
-        with pool, sdpa_kernel(KERNELS):
+        with pool:
             running: deque[Future[np.ndarray]] = deque()
             for batch in alike(items, size, shape):
                 running.append(pool.submit(full, batch))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import Sampling
 
@@ -20,26 +22,33 @@ CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
 """Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
 
 
-def device_of(*, training: bool = False) -> torch.device:
-    """The first CUDA device if there is one, else the CPU; tuned, in the whole process."""
+def device_of() -> torch.device:
+    """The first CUDA device if there is one, else the CPU; the process then keeps its memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         _keep_memory()
-        if training:
-            _plain_attention()
     return device
 
 
-def _plain_attention() -> None:
-    """From now on compute attention by the plain formula, in bfloat16 as well.
+@contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """For a training: on a CPU, compute attention by the plain formula, in bfloat16 as well.
 
     On the short sequences of small latents the flash kernel's backward pass alone took 38 % of a
     training step; the plain formula makes the whole step a third faster. Left to itself it
     computes bfloat16 in float32; in bfloat16 a step takes 9 % less. Without a backward pass the
-    flash kernel is the faster. (The switches are named after cuda, and are everyone's.)
+    flash kernel is the faster. (The switches are named after cuda, and are the whole process's.)
     """
-    torch.backends.cuda.enable_flash_sdp(False)
+    if device.type != "cpu":
+        yield
+        return
+    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
 
 
 def _keep_memory() -> None:

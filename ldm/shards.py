@@ -84,8 +84,7 @@ def _described(name: str, size: int) -> bytes:
 NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 135), slice(148, 154)
 """In a header of POSIX.1-1988, section 10.1.1 (ustar)."""
 NO_NAME = _described("", 0)
-NO_SUM = sum(NO_NAME[: CHECKSUM.start]) + 8 * ord(" ") + sum(NO_NAME[CHECKSUM.start + 8 :])
-NO_SUM -= sum(NO_NAME[SIZE])
+NO_SUM = int(NO_NAME[CHECKSUM], 8) - sum(NO_NAME[SIZE])
 
 
 def _header(name: str, size: int) -> bytes:

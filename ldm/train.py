@@ -24,7 +24,7 @@ from ldm.artifacts import digest_file, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
 from ldm.denoiser import Denoiser, load_model
-from ldm.device import device_of, has_bfloat16, only_deterministic
+from ldm.device import device_of, has_bfloat16, only_deterministic, plain_attention
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.live import LOCK, Live
@@ -72,7 +72,7 @@ def train(
     """
     if config.deterministic:
         only_deterministic()
-    device = device_of(training=True)
+    device = device_of()
     config = settled_training(config, device)
     if sharded := fsdp.asked():
         fsdp.check(config)
@@ -98,7 +98,12 @@ def train(
     termination = Termination()
     main = accelerator.is_main_process
     shown = Live(registry, run, settings) if main and registry else nullcontext()
-    with _alone(accelerator, run), taken_over(termination.ask), shown as live:
+    with (
+        _alone(accelerator, run),
+        taken_over(termination.ask),
+        shown as live,
+        plain_attention(device),
+    ):
         if main:
             _mention_unfinished(runs, run, identity)
             describe(run, identity)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from transformers import CLIPModel, CLIPTextModel
 
 from ldm.artifacts import writing
 from ldm.config import ClipTraining, Encode, Pretrained, UnetShape, VaeTraining
-from ldm.device import device_of
 from ldm.encode import encode
 from ldm.first_stage.clip import build_clip
 from ldm.first_stage.tokenizer import train_tokenizer
@@ -93,13 +90,3 @@ def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, pipeline: Pa
 def scenes(split: str, count: int) -> np.ndarray:
     """The first ``count`` scenes of a split: uint8 (count, 64, 64, 3)."""
     return np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])
-
-
-@contextmanager
-def training_before() -> Iterator[None]:
-    """What a training leaves behind in its process."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    device_of(training=True)
-    yield
-    assert device_of().type == "cuda" or not torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config import Sampling
-from ldm.device import autocast, has_bfloat16, precision_of, settled_sampling
+from ldm.device import autocast, has_bfloat16, plain_attention, precision_of, settled_sampling
 
 CPU = torch.device("cpu")
 
@@ -35,3 +35,26 @@ def test_a_named_precision_is_kept() -> None:
         assert precision_of(compute, CPU) == compute
         with autocast(CPU, compute):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, compute)
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_attention_is_plain_in_a_training_alone(reduced: bool) -> None:
+    cuda = torch.backends.cuda
+
+    def fail_in(found: tuple[bool, bool]) -> None:
+        assert found == (False, True)
+        raise KeyError
+
+    def switches() -> tuple[bool, bool]:
+        return cuda.flash_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+    before = switches()
+    cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
+    try:
+        with pytest.raises(KeyError), plain_attention(CPU):
+            fail_in(switches())
+        assert switches() == (before[0], reduced) and before[0]
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before[1])
+    with plain_attention(torch.device("cuda")):
+        assert switches() == before

@@ -24,9 +24,9 @@ from ldm.errors import UserError
 from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
-from tests.conftest import training_before
 from tests.encoding import SETTINGS, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
+from tests.test_train import run_here
 
 CPU = torch.device("cpu")
 ROWS = 9
@@ -62,11 +62,11 @@ def project(first: Project, tmp_path: Path) -> Project:
 
 
 def test_a_training_before_in_the_same_process_changes_nothing(
-    first: Project, project: Project
+    first: Project, project: Project, pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(project.runs)
-    with training_before():
-        project.encode()
+    run_here(pipeline, latents, tmp_path / "training", steps=1)
+    project.encode()
     assert digest_tree(project.out) == digest_tree(first.out)
 
 

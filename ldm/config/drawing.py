@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from ldm.config.section import Count, Precision, Section, Share
 
-Sampler = Literal["dpm++", "dpm++sde", "euler", "lms", "ddim", "ddpm", "pndm"]
+SamplerName = Literal["dpm++", "dpm++sde", "euler", "lms", "ddim", "ddpm", "pndm"]
 
 
 class Sampling(Section):
     """How pictures are drawn."""
 
-    sampler: Sampler = "dpm++"
+    sampler: SamplerName = "dpm++"
     implementation: Literal["ldm", "diffusers"] = "ldm"
     """Whose code takes the steps; the pictures are the same."""
     steps: Count = 20
@@ -44,7 +44,7 @@ class Sampling(Section):
 class EvaluationSampling(Sampling):
     """How evaluation draws: hundreds of pictures, whose share that is right bfloat16 keeps."""
 
-    sampler: Sampler = "dpm++sde"
+    sampler: SamplerName = "dpm++sde"
     compute: Precision = "auto"
     """Precision of the UNet."""
 

@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionMode
 
 from ldm.artifacts import digest_file, digest_json, opening, write_json, write_whole, writing
 from ldm.config import FirstStage, Registry
-from ldm.device import device_of, precision_of
+from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
 from ldm.first_stage.clip import order_accuracy, retrieval, train_clip
 from ldm.first_stage.layout import LayoutReader, latents_of, layout_accuracy, train_layout
@@ -95,7 +95,7 @@ def first_stage(
             f"{images}: has aspect buckets, first-stage learns from squares; run `ldm ingest` with "
             "ingest.bucket_step null into another folder"
         )
-    device = device_of(training=True)
+    device = device_of()
     config = settled_first_stage(config, device)
     tower = None
     inputs = {"images": pictures.digest}
@@ -112,6 +112,7 @@ def first_stage(
         held(out.with_name(f".{out.name}.lock"), f"{out}: {refusal}"),
         held(folder / LOCK, f"{folder}: {refusal}"),
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
+        plain_attention(device),
     ):
         every = config.checkpoint_every, config.log_every, config.sheet_every
         run = Run(folder, *every, live)

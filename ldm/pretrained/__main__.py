@@ -29,10 +29,12 @@ def install(first_stage: Path, models: Sequence[Path], target: Path) -> None:
     The text encoder's file is float32 all the same: transformers loads what the file has, diffusers
     float32, and the two would not fit together in a pipeline that is opened as it is.
     """
+    model = models[-1]
     opening(first_stage, "first-stage", "first-stage")
-    for number, model in enumerate(models, start=1):
-        opening(model, "model", "train")
-        shutil.copyfile(model / LOG, target / f"training-{number}.jsonl")
+    for one in models:
+        opening(one, "model", "train")
+    for number, one in enumerate(models, start=1):
+        shutil.copyfile(one / LOG, target / f"training-{number}.jsonl")
     for part in FIRST:
         shutil.rmtree(target / part, ignore_errors=True)
         shutil.copytree(first_stage / part, target / part)

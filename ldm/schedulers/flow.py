@@ -6,7 +6,6 @@ scaling and start as plain noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from ldm.diffusion import FLOW, shifted
 from ldm.schedulers.base import Sampler
+from ldm.schedulers.dpm_solver import SDE, DPMSolver
 
 
 class FlowSampler(Sampler):
@@ -43,50 +43,21 @@ class FlowEulerSampler(FlowSampler):
         return latents + (self.spreads[call + 1] - self.spreads[call]) * output
 
 
-class FlowSolverSampler(FlowSampler):
-    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2) with ``signal = 1 - spread``."""
+class FlowSolverSampler(FlowSampler, DPMSolver):
+    """DPM-Solver++(2M) with ``signal = 1 - spread``."""
 
     def __init__(self, schedule: Mapping[str, Any], steps: int) -> None:
         super().__init__(schedule, steps)
         even = torch.linspace(1 - 1 / self.train_steps, 0, steps + 1, dtype=torch.float64)
         self.spreads = self.shifted(even)
+        self.levels = [(1 - spread, spread) for spread in self.spreads]
         # Whole numbers, as diffusers tells them; what is cut off is less than a timestep.
         self.timesteps = [float(int(spread * self.train_steps)) for spread in self.spreads[:-1]]
-        self._before: torch.Tensor | None = None
 
-    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
-        """First order for the first step and the last, else second."""
-        original, (spread, after) = self._original(output, call, latents), self.spreads[call:][:2]
-        return after / spread * latents - (1 - after) * math.expm1(-self._width(call)) * original
-
-    def _original(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
-        """As the network predicts it; in a step of second order, as it will in half a step."""
-        original = latents - self.spreads[call] * output
-        before, self._before = self._before, original
-        if before is None or self.spreads[call + 1] == 0:
-            return original
-        return original + self._width(call) / (2 * self._width(call - 1)) * (original - before)
-
-    def _width(self, call: int) -> float:
-        """Of a step, in lambda: infinite where it goes to zero noise."""
-        return self._log_ratio(call + 1) - self._log_ratio(call)
-
-    def _log_ratio(self, call: int) -> float:
-        """``log(signal / spread)``, lambda in the paper: infinite where there is no noise."""
-        spread = self.spreads[call]
-        return math.inf if spread == 0 else math.log((1 - spread) / spread)
+    def predicted(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
+        """Down the whole slope."""
+        return latents - self.spreads[call] * output
 
 
-class FlowSolverSDESampler(FlowSolverSampler):
-    """SDE-DPM-Solver++(2M): each step forgets more of the latents, and adds fresh noise for it."""
-
-    def step(self, output: torch.Tensor, call: int, latents: torch.Tensor) -> torch.Tensor:
-        """As :class:`FlowSolverSampler`'s, before the fresh noise."""
-        original, (spread, after) = self._original(output, call, latents), self.spreads[call:][:2]
-        width = self._width(call)
-        kept = after / spread * math.exp(-width)
-        return kept * latents - (1 - after) * math.expm1(-2 * width) * original
-
-    def noise_scale(self, call: int) -> float:
-        """What brings the noise back to its level; none at zero noise."""
-        return self.spreads[call + 1] * (-math.expm1(-2 * self._width(call))) ** 0.5
+class FlowSolverSDESampler(SDE, FlowSolverSampler):
+    """The same with fresh noise."""
