@@ -123,14 +123,16 @@ def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[]
 
 def start() -> float:
     """Seconds from the command to the first line of its log."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
         paths = [f"--latents={LATENTS}", f"--out={folder}/model", f"--runs={folder}/runs"]
         sets = [f"--set=train.{one}" for one in ("log_every=1", "track=false")]
         begin = time.perf_counter()
         command = [sys.executable, "-m", "ldm.cli", "train", *paths, *sets]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as stage:
+        with subprocess.Popen(command, stderr=said, start_new_session=True) as stage:
             while not any(log.stat().st_size for log in Path(folder).glob(f"runs/*/{LOG}")):
-                assert stage.poll() is None, "the training ended before its first step"
+                if stage.poll() is not None:
+                    said.seek(0)
+                    sys.exit(f"bench: the training ended before its first step: {said.read()}")
                 time.sleep(0.02)
             seconds = time.perf_counter() - begin
             stage.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +115,9 @@ def kept(count: int, host: str = "a.org") -> list[tuple[Row, Fetched]]:
 
 def text_of(rows: list[tuple[Row, Fetched]], skipped: list[Skip] | None = None) -> str:
     skipped = skipped or []
-    counts = report({"train": len(rows) + len(skipped)}, {"train": len(rows)}, skipped)
-    return card(counts, rows, skipped, [(64, 64)])["card.md"].decode()
+    counts = report({"train": Counter({"": len(rows)}) + Counter(s.reason for s in skipped)})
+    left_out = [skip.row for skip in skipped]
+    return card(counts, rows, left_out, [(64, 64)])["card.md"].decode()
 
 
 def test_one_sample_is_enough() -> None:

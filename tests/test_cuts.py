@@ -20,6 +20,7 @@ from ldm.config import Ingest
 from ldm.ingest.basis import Basis
 from ldm.ingest.blocklist import Blocklist
 from ldm.ingest.cuts import CutShards, cut
+from ldm.ingest.listed import Listed
 from ldm.ingest.repack import repack
 from ldm.ingest.results import Fetched
 from ldm.ingest.rows import Row, key_of
@@ -89,7 +90,10 @@ def row_of(number: int, one: int) -> Row:
 def shards_of(store: Store, numbers: Sequence[int], folder: Path) -> Counter[str]:
     """Hashes of the shards of rows with these pictures."""
     rows = [row_of(at, one) for at, one in enumerate(numbers)]
-    repack(rows, store, Blocklist(), folder, CONFIG)
+    listed = Listed()
+    listed.take(rows, CONFIG)
+    repack(listed, store, Blocklist(), folder, CONFIG)
+    assert not list(listed.left_out())
     samples = ShardReader(folder, "train", frozenset({"png", "json"}))
     assert {samples.read(row.key, "png") for row in rows} == {PICTURES[one] for one in numbers}
     return Counter(digest_file(path) for path in folder.glob("*.tar"))

@@ -87,19 +87,19 @@ def test_what_was_left_out_leaves_nothing_else_out() -> None:
     """Else a chain of small changes would drop pictures that look like none that is kept."""
     kept = Kept(2)
     rows = [Row("train", at, f"http://a/{at}", "words") for at in range(3)]
-    kept.add(rows[0], "0", 0b0000)
+    kept.add(rows[0], "0" * 64, 0b0000)
     with pytest.raises(RefusedError, match="2 of 64 bits from row 0 of train"):
-        kept.add(rows[1], "1", 0b0011)
-    kept.add(rows[2], "2", 0b1111)
+        kept.add(rows[1], "1" * 64, 0b0011)
+    kept.add(rows[2], "2" * 64, 0b1111)
 
 
 def test_without_a_distance_only_content_counts() -> None:
     kept = Kept(None)
     rows = [Row("train", 0, "http://a/0", "words"), Row("validation", 0, "http://a/1", "others")]
-    kept.add(rows[0], "0", None)
-    kept.add(rows[1], "1", None)
+    kept.add(rows[0], "0" * 64, None)
+    kept.add(rows[1], "1" * 64, None)
     with pytest.raises(RefusedError) as caught:
-        kept.add(rows[1], "0", None)
+        kept.add(rows[1], "0" * 64, None)
     assert caught.value.args == ("duplicate content", "same picture as row 0 of train")
 
 

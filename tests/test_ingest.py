@@ -30,7 +30,7 @@ from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest import fetch
 from ldm.ingest.reasons import RefusedError, as_message, read_message
-from ldm.ingest.rows import Row, ascii_url, key_of, read_list, sort_out
+from ldm.ingest.rows import Row, ascii_url, key_of, read_list
 from ldm.ingest.stage import ingest
 from ldm.scenes import origin
 from ldm.scenes.lists import ORIGIN, scene_of
@@ -365,16 +365,8 @@ def test_unusable_list_is_named_with_the_remedy(
 
 def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes("\ufeffn,url,caption\n1,http://a/b,words\n2\n".encode())
-    rows = read_list(tmp_path / "list.csv", "train", 100)
+    rows = list(read_list(tmp_path / "list.csv", "train", 100))
     assert rows == [Row("train", 0, "http://a/b", "words"), Row("train", 1, "", "")]
-
-
-def test_first_row_of_a_url_that_has_a_caption_stays() -> None:
-    rows = [Row("train", at, "http://a/b", words) for at, words in enumerate(["", "x", "y"])]
-    wanted, skipped = sort_out(rows, CONFIG)
-    assert [row.number for row in wanted] == [1]
-    assert [skip.reason for skip in skipped] == ["empty caption", "duplicate"]
-    assert skipped[1].detail == "same url as row 1"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest.blocklist import Blocklist
+from ldm.ingest.listed import Listed
 from ldm.ingest.repack import Sieve
 from ldm.ingest.results import Fetched
-from ldm.ingest.rows import Row, Skip, read_list, sort_out
+from ldm.ingest.rows import Row, Skip, read_list
 from ldm.ingest.stage import ingest
 from tests.served import photograph, stored, write_list
 
@@ -26,7 +27,14 @@ def sorted_out(
     """Rows of license, punsafe, pwatermark, aesthetic; each its own URL."""
     rows = [(f"http://a/{at}", "words", *row, "left alone") for at, row in enumerate(cells)]
     write_list(folder / "list.csv", COLUMNS, rows)
-    return sort_out(read_list(folder / "list.csv", "train", 100), Ingest(**limits))
+    return taken(folder, **limits)
+
+
+def taken(folder: Path, **limits: Any) -> tuple[list[Row], list[Skip]]:
+    """What becomes of a list's rows before any is asked for."""
+    listed = Listed()
+    listed.take(read_list(folder / "list.csv", "train", 100), Ingest(**limits))
+    return list(listed.wanted()), list(listed.left_out())
 
 
 @pytest.mark.parametrize(
@@ -65,8 +73,7 @@ def test_rows_outside_the_limits_are_skipped(
 def test_the_first_good_row_of_a_url_stays(tmp_path: Path) -> None:
     rows = [("http://a/b", "words", "", score, "", "", "") for score in ("0.9", "0.1", "0.2")]
     write_list(tmp_path / "list.csv", COLUMNS, rows)
-    read = read_list(tmp_path / "list.csv", "train", 100)
-    wanted, skipped = sort_out(read, Ingest(max_punsafe=0.5))
+    wanted, skipped = taken(tmp_path, max_punsafe=0.5)
     assert [row.number for row in wanted] == [1]
     assert [skip.reason for skip in skipped] == ["punsafe too high", "duplicate"]
 

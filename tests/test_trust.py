@@ -20,6 +20,7 @@ from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest.basis import Basis
 from ldm.ingest.blocklist import Blocklist
+from ldm.ingest.listed import Listed
 from ldm.ingest.reasons import RefusedError
 from ldm.ingest.repack import repack
 from ldm.ingest.results import Fetched, Result
@@ -304,9 +305,11 @@ def run(
     if taken < len(asked):
         return {}, []
     config = CONFIG.model_copy(update={"image_size": 8})
-    _, skipped = repack(rows, store, Blocklist(), out, config)
+    listed = Listed()
+    listed.take(rows, config)
+    repack(listed, store, Blocklist(), out, config)
     store.finish(rows, [])
-    return digest_tree(out), [(skip.row.url, skip.reason) for skip in skipped]
+    return digest_tree(out), [(skip.row.url, skip.reason) for skip in listed.left_out()]
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -6,10 +6,10 @@ import io
 import random
 import re
 import textwrap
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ from ldm.ingest.histogram import chart, histogram
 from ldm.ingest.markdown import plain, table
 from ldm.ingest.ratings import LICENSE, SCORES
 from ldm.ingest.results import Fetched
-from ldm.ingest.rows import Row, Skip, ascii_url
+from ldm.ingest.rows import Row, ascii_url
 
 SAMPLES, COLUMNS, SEED = 24, 6, 0
 """Of the sheet: how many, how many side by side, and the lot that chooses them."""
@@ -30,6 +30,7 @@ LABEL_CHARACTERS, LONG_WORD = 80, re.compile(r"(\S{22})(?=\S)")
 """What has room under a picture, and on a line there."""
 MOST_NAMES = 10
 """Of domains or licences in a table."""
+NO_LICENSE = "none given"
 GROUPS = {
     "duplicates": ("duplicate", "duplicate content", "near duplicate"),
     "opt-outs": ("not allowed by its site",),
@@ -37,7 +38,7 @@ GROUPS = {
 }
 """Reasons that the first table counts together."""
 
-Kept = Sequence[tuple[Row, Fetched]]
+Shown = Sequence[tuple[Row, Fetched]]
 
 
 @dataclass(frozen=True)
@@ -46,40 +47,83 @@ class Measure:
 
     file: str
     name: str
-    values: Sequence[float]
+    values: array[Any]
+
+
+class Tally:
+    """What there is to say of the kept rows, a few bytes of each."""
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        self.sides, self.captions = (array("q") for _ in range(2))
+        self.aspects = array("d")
+        self.scores = {name: array("d") for name in SCORES}
+        self.sizes, self.by_size, self.blown_up = sizes, Counter[Size](), 0
+        self.domains, self.licenses = Counter[str](), Counter[str]()
+
+    def add(self, row: Row, fetched: Fetched) -> None:
+        """Take in a sample."""
+        shorter, longer = sorted((fetched.width, fetched.height))
+        self.sides.append(shorter)
+        self.aspects.append(longer / shorter)
+        self.captions.append(len(row.caption))
+        for name, values in self.scores.items():
+            if name in row.rated:
+                values.append(float(row.rated[name]))
+        width, height = size = nearest(fetched.width, fetched.height, self.sizes)
+        self.by_size[size] += 1
+        self.blown_up += fetched.width < width or fetched.height < height
+        self.domains[_domain(row)] += 1
+        self.licenses[row.rated.get(LICENSE, NO_LICENSE)] += 1
+
+    def measures(self) -> list[Measure]:
+        """All numbers that there are."""
+        values: dict[tuple[str, str], array[Any]] = {
+            ("sides", "shorter side before the crop, in pixels"): self.sides,
+            ("aspects", "longer over shorter side"): self.aspects,
+            ("captions", "caption, in characters"): self.captions,
+            **{(name, name): scores for name, scores in self.scores.items() if scores},
+        }
+        return [Measure(f"card-{file}.png", name, own) for (file, name), own in values.items()]
 
 
 def card(
-    report: Mapping[str, Any], kept: Kept, skipped: Sequence[Skip], sizes: Sequence[Size]
+    report: Mapping[str, Any],
+    kept: Iterable[tuple[Row, Fetched]],
+    left_out: Iterable[Row],
+    sizes: Sequence[Size],
 ) -> dict[str, bytes]:
     """``card.md`` and its pictures by file name; same input, same bytes.
 
     ``report`` is that of :func:`ldm.ingest.report.report`; of ``kept`` the pictures of the sheet
     are read; ``sizes`` are those that samples may have.
     """
-    measures = _measures(kept)
-    spread = [one for one in measures if len(set(one.values)) > 1]
+    lot = random.Random(SEED).sample(range(report["kept"]), min(SAMPLES, report["kept"]))
+    drawn, shown, tally = set(lot), [], Tally(sizes)
+    for at, (row, fetched) in enumerate(kept):
+        tally.add(row, fetched)
+        if at in drawn:
+            shown.append((row, fetched))
+    measures = tally.measures()
+    spread = [one for one in measures if min(one.values) != max(one.values)]
     charts = {one.file: _png(chart(one.name, histogram(one.values))) for one in spread}
-    lot = random.Random(SEED).sample(range(len(kept)), min(SAMPLES, len(kept)))
-    shown = [kept[at] for at in sorted(lot)]
     parts = [
         "# Data card",
         "What `ldm ingest` made of its lists. `skipped.csv` names every row left out.",
         _overview(report),
         "## Samples",
-        f"{len(shown)} of {len(kept):,}, drawn by lot.",
+        f"{len(shown)} of {report['kept']:,}, drawn by lot.",
         "![samples](card-samples.png)",
         table(("row", "caption"), [(_place(row), plain(row.caption)) for row, _ in shown]),
         "## Left out",
         _left_out(report),
         "## Sizes, captions, scores",
         _measured(measures),
-        _blown_up(kept, sizes),
+        _blown_up(tally),
         *(f"![{one.name}]({one.file})" for one in spread),
-        *_buckets(kept, sizes),
+        *_buckets(tally),
         "## Domains",
-        _domains(kept, skipped),
-        *_licenses(kept),
+        _domains(tally.domains, left_out),
+        *_licenses(tally.licenses),
     ]
     text = "\n\n".join(parts) + "\n"
     return {"card.md": text.encode(), "card-samples.png": _sheet(shown), **charts}
@@ -109,54 +153,32 @@ def _left_out(report: Mapping[str, Any]) -> str:
     return table(("reason", "rows", "of all rows"), lines)
 
 
-def _measures(kept: Kept) -> list[Measure]:
-    values: dict[tuple[str, str], Sequence[float]] = {
-        ("sides", "shorter side before the crop, in pixels"): [
-            min(fetched.width, fetched.height) for _, fetched in kept
-        ],
-        ("aspects", "longer over shorter side"): [
-            max(fetched.width, fetched.height) / min(fetched.width, fetched.height)
-            for _, fetched in kept
-        ],
-        ("captions", "caption, in characters"): [len(row.caption) for row, _ in kept],
-    }
-    for name in SCORES:
-        given = [float(row.rated[name]) for row, _ in kept if name in row.rated]
-        if given:
-            values[name, name] = given
-    return [Measure(f"card-{file}.png", name, numbers) for (file, name), numbers in values.items()]
-
-
 def _measured(measures: Sequence[Measure]) -> str:
-    lines = [
-        (one.name, len(one.values), min(one.values), median_low(one.values), max(one.values))
-        for one in measures
-    ]
+    lines = []
+    for one in measures:
+        values = np.sort(one.values)
+        middle = (len(values) - 1) // 2  # The lower of two.
+        lines.append((one.name, len(values), *values[[0, middle, -1]].tolist()))
     return table(("", "samples", "least", "median", "most"), lines)
 
 
-def _blown_up(kept: Kept, sizes: Sequence[Size]) -> str:
+def _blown_up(tally: Tally) -> str:
+    sizes = tally.sizes
     crop = f"the crop of {sizes[0][0]} pixels" if len(sizes) == 1 else "their bucket"
-    count = 0
-    for _, fetched in kept:
-        width, height = nearest(fetched.width, fetched.height, sizes)
-        count += fetched.width < width or fetched.height < height
-    return f"Smaller than {crop}, and blown up to it: {count:,}."
+    return f"Smaller than {crop}, and blown up to it: {tally.blown_up:,}."
 
 
-def _buckets(kept: Kept, sizes: Sequence[Size]) -> list[str]:
+def _buckets(tally: Tally) -> list[str]:
     """The section, if there are buckets."""
-    if len(sizes) == 1:
+    if len(tally.sizes) == 1:
         return []
-    counts = Counter(nearest(fetched.width, fetched.height, sizes) for _, fetched in kept)
-    lines = [(f"{width}x{height}", counts[width, height]) for width, height in sizes]
+    lines = [(f"{width}x{height}", tally.by_size[width, height]) for width, height in tally.sizes]
     return ["## Aspect buckets", table(("width x height", "samples"), lines)]
 
 
-def _domains(kept: Kept, skipped: Sequence[Skip]) -> str:
+def _domains(good: Counter[str], left_out: Iterable[Row]) -> str:
     """Those with most rows, and how many of these were kept."""
-    good = Counter(_domain(row) for row, _ in kept)
-    rows = good + Counter(_domain(skip.row) for skip in skipped)
+    rows = good + Counter(map(_domain, left_out))
     top = _top(rows)
     lines = [(plain(name), rows[name], good[name]) for name in top]
     if len(top) < len(rows):
@@ -171,10 +193,9 @@ def _domain(row: Row) -> str:
     return urlsplit(url).hostname or "" if url else "none"
 
 
-def _licenses(kept: Kept) -> list[str]:
+def _licenses(counts: Counter[str]) -> list[str]:
     """The section, if any sample has a licence."""
-    counts = Counter(row.rated.get(LICENSE, "none given") for row, _ in kept)
-    if counts.keys() == {"none given"}:
+    if counts.keys() == {NO_LICENSE}:
         return []
     top = _top(counts)
     lines = [(plain(name), counts[name]) for name in top]
@@ -188,7 +209,7 @@ def _top(counts: Counter[str]) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))[:MOST_NAMES]
 
 
-def _sheet(shown: Kept) -> bytes:
+def _sheet(shown: Shown) -> bytes:
     tiles = [np.asarray(Image.open(io.BytesIO(fetched.read()))) for _, fetched in shown]
     labels = [_label(row) for row, _ in shown]
     columns = min(COLUMNS, len(shown))

@@ -5,6 +5,12 @@ from __future__ import annotations
 from ldm.ingest.perceptual import Lookalikes
 from ldm.ingest.reasons import RefusedError
 from ldm.ingest.rows import Row
+from ldm.ingest.scratch import scratch_database, told
+
+TABLES = """
+CREATE TABLE contents (sha256 BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID;
+CREATE TABLE looks (number INTEGER PRIMARY KEY, name TEXT);
+"""
 
 
 class Kept:
@@ -16,8 +22,7 @@ class Kept:
     """
 
     def __init__(self, distance: int | None) -> None:
-        self._contents: dict[str, Row] = {}
-        self._rows: list[Row] = []
+        self._db = scratch_database(TABLES)
         self._looks = None if distance is None else Lookalikes(distance)
 
     def add(self, row: Row, sha256: str, look: int | None) -> None:
@@ -25,22 +30,19 @@ class Kept:
 
         Raises :class:`RefusedError` when an earlier one has the same content or looks like it.
         """
-        same = self._contents.get(sha256)
-        if same:
-            raise RefusedError("duplicate content", f"same picture as {_name(same)}")
-        if self._looks is not None and look is not None:
-            self._add_look(row, look, self._looks)
-        self._contents[sha256] = row
+        content, name = bytes.fromhex(sha256), f"row {row.number} of {row.split}"
+        with told():
+            found = self._db.execute("SELECT name FROM contents WHERE sha256 = ?", [content])
+            if same := found.fetchone():
+                raise RefusedError("duplicate content", f"same picture as {same[0]}")
+            if self._looks is not None and look is not None:
+                self._add_look(name, look, self._looks)
+            self._db.execute("INSERT INTO contents VALUES (?, ?)", (content, name))
 
-    def _add_look(self, row: Row, look: int, looks: Lookalikes) -> None:
-        found = looks.find(look)
-        if found:
+    def _add_look(self, name: str, look: int, looks: Lookalikes) -> None:
+        if found := looks.find(look):
             number, bits = found
-            detail = f"{bits} of 64 bits from {_name(self._rows[number])}"
-            raise RefusedError("near duplicate", detail)
-        looks.add(look)
-        self._rows.append(row)
-
-
-def _name(row: Row) -> str:
-    return f"row {row.number} of {row.split}"
+            like = self._db.execute("SELECT name FROM looks WHERE number = ?", [number])
+            raise RefusedError("near duplicate", f"{bits} of 64 bits from {like.fetchone()[0]}")
+        number = looks.add(look)
+        self._db.execute("INSERT INTO looks VALUES (?, ?)", (number, name))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ SHARDS_A_PROCESS = 4
 """img2dataset starts a process afresh after five shards, which costs seconds."""
 SHARD_ROWS = (100, 2000)
 """Fewest and most rows in a shard of img2dataset's."""
+LIST_SHARDS = 16
+"""Shards in each file of its list, of which it holds one in memory at a time."""
 
 POLL_S = 0.2
 PATIENCE_S = 300
@@ -68,11 +71,11 @@ def fetch(rows: Sequence[Row], scratch: Path, log: Path, config: Ingest, take: T
     Shows a progress bar. img2dataset's own words go to ``log``. Raises :class:`UserError` naming
     the log when it fails, stands still or leaves a shard out.
     """
-    source = scratch / "list.parquet"
-    _write_list(source, rows)
     job = _plan(len(rows), scratch / "shards", log, config)
+    lists = scratch / "lists"
+    _write_lists(lists, rows, LIST_SHARDS * job.shard_rows)
     with (
-        _running(_settings(source, job, config), log) as child,
+        _running(_settings(lists, job, config), log) as child,
         progress((), "ingest", len(rows), "rows") as bar,
     ):
         for shard in watch(child, job):
@@ -91,19 +94,23 @@ def _plan(rows: int, folder: Path, log: Path, config: Ingest) -> Job:
     return Job(rows, shard_rows, folder, log, patience_s)
 
 
-def _write_list(path: Path, rows: Sequence[Row]) -> None:
-    """Captions stay here: img2dataset turns some of them into others."""
+def _write_lists(folder: Path, rows: Sequence[Row], most: int) -> None:
+    """So many rows a file. Captions stay here: img2dataset turns some of them into others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    urls = [ascii_url(row.url) for row in rows]
-    pq.write_table(pa.table({"url": urls, POSITION: range(len(rows))}), path)
+    folder.mkdir()
+    urls = (ascii_url(row.url) for row in rows)
+    for first in range(0, len(rows), most):
+        some = list(islice(urls, most))
+        table = pa.table({"url": some, POSITION: range(first, first + len(some))})
+        pq.write_table(table, folder / f"{first // most:08d}.parquet")
 
 
-def _settings(source: Path, job: Job, config: Ingest) -> dict[str, Any]:
+def _settings(lists: Path, job: Job, config: Ingest) -> dict[str, Any]:
     """Arguments of ``img2dataset.download``."""
     return {
-        "url_list": str(source),
+        "url_list": str(lists),
         "input_format": "parquet",
         "save_additional_columns": [POSITION],
         "output_folder": str(job.folder),

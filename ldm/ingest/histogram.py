@@ -38,7 +38,7 @@ def histogram(values: Sequence[float]) -> Histogram:
     """Count values in about ``MOST_BINS`` bins; whole numbers get whole edges."""
     low, high, largest = min(values), float(np.percentile(values, TAIL)), max(values)
     step = _round_step(high - low)
-    if all(isinstance(value, int) for value in values):
+    if np.asarray(values).dtype.kind == "i":
         step = max(1, step)
     first = math.floor(low / step)
     last = max(math.ceil(high / step), first + 1)

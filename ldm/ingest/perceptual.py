@@ -39,9 +39,10 @@ class Lookalikes:
         self.distance = distance
         self._hashes = array("Q")
 
-    def add(self, value: int) -> None:
-        """Take in a hash of 64 bits."""
+    def add(self, value: int) -> int:
+        """Take in a hash of 64 bits; its number, from 0."""
         self._hashes.append(value)
+        return len(self._hashes) - 1
 
     def find(self, value: int) -> tuple[int, int] | None:
         """The first hash within the distance: its number and how many bits differ, or None."""

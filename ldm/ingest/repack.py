@@ -4,70 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from ldm.config import Ingest
 from ldm.ingest.blocklist import Blocklist
 from ldm.ingest.buckets import Size, buckets_of, nearest
 from ldm.ingest.cuts import CutShards, Sample
 from ldm.ingest.duplicates import Kept
+from ldm.ingest.listed import Listed
 from ldm.ingest.perceptual import perceptual_hash
 from ldm.ingest.pictures import checked
 from ldm.ingest.ratings import ratings
 from ldm.ingest.reasons import RefusedError
 from ldm.ingest.results import Fetched
-from ldm.ingest.rows import Row, Skip
+from ldm.ingest.rows import Row
 from ldm.ingest.store import Store
 
-Candidate = tuple[Row, Fetched, Size]
-"""A row, its picture, and what that was cropped to."""
+KEY = np.dtype("S32")
+"""A sample's key, in less memory than as a string."""
 
 
-def repack(
-    rows: Sequence[Row], store: Store, blocked: Blocklist, out: Path, config: Ingest
-) -> tuple[list[tuple[Row, Fetched]], list[Skip]]:
-    """Write ``SPLIT-*.tar`` of the rows' pictures, of which the store knows, into ``out``.
+def repack(listed: Listed, store: Store, blocked: Blocklist, out: Path, config: Ingest) -> None:
+    """Write ``SPLIT-*.tar`` of the wanted rows' pictures, of which the store knows, into ``out``.
 
-    With aspect buckets these are ``SPLIT-WIDTHxHEIGHT-*.tar``, each of samples of one size.
-
-    Returns the rows that became samples, in their order, with their results, and the rows skipped.
+    With aspect buckets these are ``SPLIT-WIDTHxHEIGHT-*.tar``, each of samples of one size. Rows
+    that do not become samples are left out from now on.
     """
-    kept: list[tuple[Row, Fetched]] = []
-    skipped: list[Skip] = []
     sieve, sizes = Sieve(config, blocked), buckets_of(config)
-    for split in dict.fromkeys(row.split for row in rows):
-        found: list[Candidate] = []
-        for row in (row for row in rows if row.split == split):
-            try:
-                found.append(_candidate(row, store.fetched(row), sizes))
-            except RefusedError as refusal:
-                skipped.append(Skip(row, refusal.reason, refusal.detail))
-        shards = _shards(out, split, found, config)
-        for row, fetched, size in found:
+    for split in listed.reasons():
+        shards = _shards(out, split, listed, store, config)
+        for row in listed.wanted(split):
+            fetched = store.fetched(row)
+            size = nearest(fetched.width, fetched.height, sizes)
             sample: Sample | None = None
             try:
                 sample = sieve.sample(row, fetched, size)
-                kept.append((row, fetched))
             except RefusedError as refusal:
-                skipped.append(Skip(row, refusal.reason, refusal.detail))
+                listed.leave_out(row, refusal)
             shards[size].put(row.key, sample)
-    return kept, skipped
-
-
-def _candidate(row: Row, fetched: Fetched, sizes: Sequence[Size]) -> Candidate:
-    return row, fetched, nearest(fetched.width, fetched.height, sizes)
 
 
 def _shards(
-    out: Path, split: str, candidates: Sequence[Candidate], config: Ingest
+    out: Path, split: str, listed: Listed, store: Store, config: Ingest
 ) -> dict[Size, CutShards]:
-    """Those of each size."""
-    shards = {}
-    for size, prefix in _prefixes(split, config).items():
-        keys = [row.key for row, _, own in candidates if own == size]
-        shards[size] = CutShards(out, prefix, keys, config.samples_per_shard)
-    return shards
+    """Those of each size, for the rows whose pictures there are; the others are left out."""
+    prefixes = _prefixes(split, config)
+    keys = {size: bytearray() for size in prefixes}
+    for row in listed.wanted(split):
+        try:
+            fetched = store.fetched(row)
+        except RefusedError as refusal:
+            listed.leave_out(row, refusal)
+            continue
+        keys[nearest(fetched.width, fetched.height, list(prefixes))] += row.key.encode()
+    return {
+        size: CutShards(out, prefix, np.frombuffer(keys[size], KEY), config.samples_per_shard)
+        for size, prefix in prefixes.items()
+    }
 
 
 def _prefixes(split: str, config: Ingest) -> dict[Size, str]:

@@ -3,70 +3,74 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.ingest.listed import Listed
 from ldm.ingest.reasons import DEFAULT_REMEDY, REMEDIES
 from ldm.ingest.rows import Skip
 
+Reasons = Mapping[str, Counter[str]]
+"""By list how many of its rows are left out for which reason; the kept ones have an empty one."""
 
-def expect_yield(
-    path: Path, rows: int, kept: int, skipped: Sequence[Skip], min_yield: float
-) -> None:
+
+def expect_yields(listed: Listed, data: Path, min_yield: float) -> None:
     """Raise :class:`UserError` when less than ``min_yield`` of a list's rows, or none, is kept.
 
-    ``skipped`` are that list's; the message names their commonest reason, a row of it, the remedy.
+    The message names the commonest reason of that list, a row of it, the remedy.
     """
-    if kept and kept >= min_yield * rows:
-        return
-    ((reason, count),) = Counter(skip.reason for skip in skipped).most_common(1)
-    example = next(skip for skip in skipped if skip.reason == reason)
-    detail = f": {example.detail}" if example.detail else ""
-    raise UserError(
-        f"{path}: {kept} of {rows} rows kept, ingest.min_yield asks for {min_yield:.0%}; "
-        f"mostly {reason} ({count} rows, such as row {example.row.number}{detail}); "
-        f"{REMEDIES.get(reason, DEFAULT_REMEDY)}"
-    )
+    for split, reasons in listed.reasons().items():
+        kept, rows = reasons.pop("", 0), reasons.total()
+        rows += kept
+        if kept and kept >= min_yield * rows:
+            continue
+        reason, count = min(reasons.items(), key=lambda item: -item[1])
+        example = listed.example(split, reason)
+        detail = f": {example.detail}" if example.detail else ""
+        raise UserError(
+            f"{data / split}.csv: {kept} of {rows} rows kept, ingest.min_yield asks for "
+            f"{min_yield:.0%}; mostly {reason} ({count} rows, such as row {example.row.number}"
+            f"{detail}); {REMEDIES.get(reason, DEFAULT_REMEDY)}"
+        )
 
 
-def report(
-    rows: Mapping[str, int], kept: Mapping[str, int], skipped: Sequence[Skip]
-) -> dict[str, Any]:
+def report(reasons: Reasons) -> dict[str, Any]:
     """Counts over all lists and of each: rows, kept, skipped by reason, commonest first."""
 
-    def part(splits: Iterable[str]) -> dict[str, Any]:
-        names = set(splits)
-        reasons = Counter(skip.reason for skip in skipped if skip.row.split in names)
+    def part(own: Counter[str]) -> dict[str, Any]:
+        skipped = sorted(own.items(), key=lambda item: (-item[1], item[0]))
         return {
-            "rows": sum(rows[split] for split in names),
-            "kept": sum(kept[split] for split in names),
-            "skipped": dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+            "rows": own.total(),
+            "kept": own[""],
+            "skipped": {reason: rows for reason, rows in skipped if reason},
         }
 
-    return {**part(rows), "lists": {split: part([split]) for split in rows}}
+    whole = sum(reasons.values(), Counter[str]())
+    return {**part(whole), "lists": {split: part(own) for split, own in reasons.items()}}
 
 
-def table(skipped: Iterable[Skip]) -> bytes:
+def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
     """The rows left out as CSV: split, row, url, reason, detail."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("split", "row", "url", "reason", "detail"))
-    for skip in skipped:
-        writer.writerow((skip.row.split, skip.row.number, skip.row.url, skip.reason, skip.detail))
-    return text.getvalue().encode()
+    lines = (
+        (skip.row.split, skip.row.number, skip.row.url, skip.reason, skip.detail)
+        for skip in skipped
+    )
+    _write(path, ("split", "row", "url", "reason", "detail"), lines)
 
 
-def hashes(files: Mapping[str, str | None]) -> bytes:
+def write_hashes(path: Path, files: Iterable[tuple[str, str | None]]) -> None:
     """URLs with the sha256 of their files as CSV; those without one are left out."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("url", "sha256"))
-    writer.writerows((url, sha256) for url, sha256 in files.items() if sha256)
-    return text.getvalue().encode()
+    _write(path, ("url", "sha256"), (one for one in files if one[1]))
+
+
+def _write(path: Path, head: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(head)
+        writer.writerows(lines)
 
 
 def line(report: Mapping[str, Any], asked: int, out: Path) -> str:

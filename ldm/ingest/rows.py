@@ -1,12 +1,11 @@
-"""Rows of the lists, and which of them are worth a download."""
+"""Rows of the lists, and which of them may be worth a download."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +49,11 @@ class Skip:
     detail: str = ""
 
 
-def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
-    """Read a CSV file with the columns ``url`` and ``caption``, and optional ones.
+def read_list(path: Path, split: str, max_caption: int) -> Iterator[Row]:
+    """The rows of a CSV file with the columns ``url`` and ``caption``, and optional ones.
 
-    Captions come :func:`cleaned`. Columns of other names are left alone.
+    Read as they are asked for. Captions come :func:`cleaned`. Columns of other names are left
+    alone.
 
     Raises :class:`UserError` when the file is missing, not UTF-8, not CSV, lacks a column or has
     no rows.
@@ -62,24 +62,30 @@ def read_list(path: Path, split: str, max_caption: int) -> list[Row]:
         raise UserError(
             f"{path}: no such list; run `ldm scenes` for the embedded lists or put your own there"
         )
+    row = None
     try:
-        table = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
-        columns = table.fieldnames or ()
-        for column in COLUMNS:
-            if column not in columns:
-                found = ", ".join(columns) or "nothing"
-                raise UserError(
-                    f"{path}: has no column {column!r}; its first line must name the columns "
-                    f"url and caption (names {found})"
-                )
-        rows = [_row(split, at, line, max_caption) for at, line in enumerate(table)]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, strict=True)
+            _expect_columns(path, table.fieldnames or ())
+            for number, line in enumerate(table):
+                row = _row(split, number, line, max_caption)
+                yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{path}: is not CSV ({error}); mend that line") from error
-    if not rows:
+    if row is None:
         raise UserError(f"{path}: has no rows; add lines of url,caption")
-    return rows
+
+
+def _expect_columns(path: Path, columns: Sequence[str]) -> None:
+    for column in COLUMNS:
+        if column not in columns:
+            found = ", ".join(columns) or "nothing"
+            raise UserError(
+                f"{path}: has no column {column!r}; its first line must name the columns "
+                f"url and caption (names {found})"
+            )
 
 
 def _row(split: str, number: int, line: Mapping[str, str | None], max_caption: int) -> Row:
@@ -91,29 +97,11 @@ def _row(split: str, number: int, line: Mapping[str, str | None], max_caption: i
     return Row(split, number, (line["url"] or "").strip(), caption, rated, sha256)
 
 
-def sort_out(rows: Iterable[Row], config: Ingest) -> tuple[list[Row], list[Skip]]:
-    """Split one list's rows into those to download and those to skip unseen.
+def check(row: Row, config: Ingest) -> None:
+    """Raise :class:`RefusedError` for a row that need not be asked for, whatever others there are.
 
-    Of rows with the same URL the first that is not skipped for another reason stays.
+    It lacks a caption, a URL or a score, is outside the limits, or has a column that is none.
     """
-    wanted: list[Row] = []
-    skipped: list[Skip] = []
-    first: dict[str, int] = {}
-    for row in rows:
-        try:
-            _check(row, config)
-        except RefusedError as refusal:
-            skipped.append(Skip(row, refusal.reason, refusal.detail))
-            continue
-        earlier = first.setdefault(row.key, row.number)
-        if earlier != row.number:
-            skipped.append(Skip(row, "duplicate", f"same url as row {earlier}"))
-        else:
-            wanted.append(row)
-    return wanted, skipped
-
-
-def _check(row: Row, config: Ingest) -> None:
     if not row.caption:
         raise RefusedError("empty caption")
     if ascii_url(row.url) is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from ldm.ingest.buckets import buckets_of
 from ldm.ingest.card import card
 from ldm.ingest.cluster import expect_distributor
 from ldm.ingest.fetch import fetch
+from ldm.ingest.listed import Chosen, Listed
 from ldm.ingest.repack import repack
-from ldm.ingest.report import expect_yield, hashes, line, report, table
-from ldm.ingest.rows import Row, Skip, read_list, sort_out
+from ldm.ingest.report import expect_yields, line, report, write_hashes, write_skipped
+from ldm.ingest.rows import read_list
 from ldm.ingest.store import Store
 from ldm.locks import held
 from ldm.progress import say
@@ -58,40 +59,45 @@ def ingest(config: Ingest, data: Path, out: Path, runs: Path, *, refetch: bool =
     ``runs``.
     """
     expect_distributor(config)
-    paths = {split: data / f"{split}.csv" for split in SPLITS}
-    rows = {split: read_list(path, split, config.max_caption) for split, path in paths.items()}
-    sizes = {path: len(rows[split]) for split, path in paths.items()}
-    inputs = {path.name: digest_file(path) for path in paths.values()}
+    listed = Listed()
+    for split in SPLITS:
+        listed.take(read_list(data / f"{split}.csv", split, config.max_caption), config)
+    inputs = {f"{split}.csv": digest_file(data / f"{split}.csv") for split in SPLITS}
     blocked = Blocklist()
     if config.blocked is not None:
         blocked = read_blocklist(Path(config.blocked), config.near_duplicates)
         inputs["blocked"] = digest_file(Path(config.blocked))
-    sorted_out = [sort_out(rows[split], config) for split in SPLITS]
-    wanted = [row for usable, _ in sorted_out for row in usable]
-    skipped = [skip for _, unusable in sorted_out for skip in unusable]
-    # Before the downloads, which may take days.
-    _expect_yields(sizes, Counter(row.split for row in wanted), skipped, config.min_yield)
-    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    expect_yields(listed, data, config.min_yield)  # Before the downloads, which may take days.
+    counts: dict[str, int] = {}
     with _opened(config, out, runs, refetch) as store:
         with writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh:
-            _fetch_unknown(wanted, store, out.parent / f".{out.name}.log", config)
-            kept, refused = repack(wanted, store, blocked, fresh, config)
-            counts.update(Counter(row.split for row, _ in kept))
-            skipped = _in_list_order(skipped + refused)
+            _fetch_unknown(listed, store, out.parent / f".{out.name}.log", config)
+            repack(listed, store, blocked, fresh, config)
             try:
-                _expect_yields(sizes, counts, skipped, config.min_yield)
+                expect_yields(listed, data, config.min_yield)
             except UserError:
                 store.forget_refusals()  # Or the next run, which asks what is unknown, ends alike.
                 raise
-            summary = report({path.stem: size for path, size in sizes.items()}, counts, skipped)
-            write_json(fresh / "report.json", summary)
-            write_whole(fresh / "skipped.csv", table(skipped))
-            first = {row.url: store.first(row) for row in wanted}
-            write_whole(fresh / "fetched.csv", hashes(first))
-            for name, content in card(summary, kept, skipped, buckets_of(config)).items():
-                write_whole(fresh / name, content)
-        store.finish(wanted, [skip.row for skip in refused if skip.reason in DISTRUSTED])
+            summary = report(listed.reasons())
+            counts.update({split: part["kept"] for split, part in summary["lists"].items()})
+            _describe(fresh, summary, listed, store, config)
+        untrusted = (skip.row for skip in listed.left_out() if skip.reason in DISTRUSTED)
+        store.finish((row for _, row in listed.worth_asking("key")), untrusted)
         say(line(summary, store.asked, out))
+
+
+def _describe(
+    folder: Path, summary: Mapping[str, Any], listed: Listed, store: Store, config: Ingest
+) -> None:
+    """Write what is said of the shards beside them."""
+    write_json(folder / "report.json", summary)
+    write_skipped(folder / "skipped.csv", listed.left_out())
+    first = ((row.url, store.first(row)) for _, row in listed.worth_asking("url"))
+    write_hashes(folder / "fetched.csv", first)
+    kept = ((row, store.fetched(row)) for row in listed.wanted())
+    left_out = (skip.row for skip in listed.left_out())
+    for name, content in card(summary, kept, left_out, buckets_of(config)).items():
+        write_whole(folder / name, content)
 
 
 @contextmanager
@@ -106,26 +112,20 @@ def _opened(config: Ingest, out: Path, runs: Path, refetch: bool) -> Iterator[St
         yield store
 
 
-def _expect_yields(
-    sizes: Mapping[Path, int], kept: Mapping[str, int], skipped: Sequence[Skip], min_yield: float
-) -> None:
-    """For each list; ``kept`` by split."""
-    for path, size in sizes.items():
-        own = [skip for skip in skipped if skip.row.split == path.stem]
-        expect_yield(path, size, kept[path.stem], own, min_yield)
-
-
-def _fetch_unknown(rows: Sequence[Row], store: Store, log: Path, config: Ingest) -> None:
+def _fetch_unknown(listed: Listed, store: Store, log: Path, config: Ingest) -> None:
     """Ask each URL once that the store does not know; serve the embedded scenes if one is there."""
-    asked = list({row.key: row for row in rows if not store.knows(row)}.values())
-    if not asked:
+    unknown, embedded = array("q"), False
+    for place, row in listed.worth_asking("key"):
+        if not store.knows(row):
+            unknown.append(place)
+            embedded = embedded or row.url.startswith(f"{ORIGIN}/")
+    if not unknown:
         return
-    embedded = any(row.url.startswith(f"{ORIGIN}/") for row in asked)
     with (
         serving_scenes() if embedded and config.serve_scenes else nullcontext(),
         _scratch(store.path.parent) as scratch,
     ):
-        fetch(asked, scratch, log, config, store.take)
+        fetch(Chosen(listed, unknown), scratch, log, config, store.take)
 
 
 @contextmanager
@@ -144,7 +144,3 @@ def _lasting(config: Ingest) -> dict[str, Any]:
     unused = {"quality": config.image_format == "png", "bucket_step": config.bucket_step is None}
     without = NOT_IN_BYTES | {key for key, is_unused in unused.items() if is_unused}
     return {key: value for key, value in config.as_dict().items() if key not in without}
-
-
-def _in_list_order(skipped: Sequence[Skip]) -> list[Skip]:
-    return sorted(skipped, key=lambda skip: (SPLITS.index(skip.row.split), skip.row.number))

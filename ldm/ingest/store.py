@@ -32,7 +32,6 @@ FILE = "fetched.db"
 SETTINGS = """
 PRAGMA auto_vacuum = FULL;
 PRAGMA secure_delete = ON;
-PRAGMA temp_store = MEMORY;
 """
 TABLES = """
 CREATE TABLE IF NOT EXISTS first (key TEXT PRIMARY KEY, sha256 TEXT) WITHOUT ROWID;
@@ -44,6 +43,7 @@ CREATE TABLE IF NOT EXISTS results (
 ) WITHOUT ROWID;
 CREATE TEMP TABLE wanted (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TEMP TABLE listed (key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TEMP TABLE passing (key TEXT PRIMARY KEY, reason TEXT, detail TEXT) WITHOUT ROWID;
 """
 """``fresh``: 1 for a result since the last finished run, else 0."""
 FINISH = """
@@ -80,7 +80,6 @@ class Store:
         self.path, self.basis = folder / FILE, basis
         self.asked = 0  # URLs, since this was opened.
         self._oldest = int(refetch)
-        self._passing: dict[str, RefusedError] = {}
         folder.mkdir(parents=True, exist_ok=True)
         with self._told():
             self._db = sqlite3.connect(self.path)
@@ -120,7 +119,8 @@ class Store:
                 if isinstance(result, Fetched):
                     self._take_picture(row, result)
                 elif may_pass(result.reason):
-                    self._passing[row.key] = result
+                    insert = "INSERT OR REPLACE INTO passing VALUES (?, ?, ?)"
+                    self._db.execute(insert, (row.key, result.reason, result.detail))
                 else:
                     about = _Result(result.reason, result.detail, "", 0, 0, 0)
                     self._write(row, self.basis.refusal, about)
@@ -147,8 +147,8 @@ class Store:
         if found is not None and self._trusts(row, found.sha256):
             read = partial(self._read, found.picture)
             return Fetched(found.sha256, found.width, found.height, read)
-        if row.key in self._passing:
-            raise self._passing[row.key]
+        if passing := self._one("SELECT reason, detail FROM passing WHERE key = ?", row.key):
+            raise RefusedError(*passing)
         if found is None:
             raise RefusedError("no result", "img2dataset said nothing of this row; its log may")
         expected = f"the list says {row.sha256[:SHOWN]}" if row.sha256 else ""
@@ -170,12 +170,11 @@ class Store:
 
         Everything else is overwritten and gone.
         """
-        listed = {row.key for row in rows}
-        wanted = listed - {row.key for row in untrusted}
+        listed, gone = (((row.key,) for row in some) for some in (rows, untrusted))
         with self._writing():
-            for table, keys in (("listed", listed), ("wanted", wanted)):
-                insert = f"INSERT INTO {table} VALUES (?)"
-                self._db.executemany(insert, ((key,) for key in keys))
+            self._db.executemany("INSERT OR IGNORE INTO listed VALUES (?)", listed)
+            self._db.execute("INSERT INTO wanted SELECT key FROM listed")
+            self._db.executemany("DELETE FROM wanted WHERE key = ?", gone)
             for statement in FINISH.strip().splitlines():
                 self._db.execute(statement, self.basis._asdict())
 
