@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import __version__
-from ldm.errors import UserError
+from ldm.errors import UserError, full_disk_told
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -87,7 +87,8 @@ def writing(
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        yield fresh
+        with full_disk_told(target):
+            yield fresh
         manifest = Manifest(kind, dict(config), dict(inputs), counts or {}, digest_tree(fresh))
         content = {key: value for key, value in asdict(manifest).items() if key != "path"}
         write_json(fresh / MANIFEST, content)
@@ -147,10 +148,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside, sync it and rename it into place."""
+    """Write a file aside, sync it and rename it into place; UserError if the disk is full."""
     aside = path.with_name(f".{path.name}.writing")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with full_disk_told(path), aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -9,9 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.errors import UserError
+from ldm.errors import UserError, full_disk_told
 from ldm.options import parser
 from ldm.quiet import quieten
 
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     options = parser().parse_args(arguments)
     try:
-        COMMANDS[options.command](options)
+        with full_disk_told(Path.cwd()):
+            COMMANDS[options.command](options)
     except UserError as error:
         sys.exit(f"ldm {options.command}: {error}")
     except KeyboardInterrupt:

@@ -1,5 +1,32 @@
 """The one exception that is the user's to mend."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""What the system says where no more can be written."""
+
 
 class UserError(ValueError):
     """Something outside the code is wrong; the message is one line, names it and the remedy."""
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn a write that the disk does not take into a :class:`UserError` of its file.
+
+    That is ``path`` where the system names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"{error.filename or path}: cannot be written ({error.strerror}); make room on that "
+            "disk and run the same command again"
+        ) from error

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ldm.errors import UserError
+from ldm.errors import UserError, full_disk_told
 from ldm.termination import LAUNCHER, ask_when_orphaned
 
 REQUEST = "LDM_REQUEST"
@@ -27,6 +28,7 @@ def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
     """
     ask_when_orphaned()
     try:
-        run(json.loads(os.environ[REQUEST]))
+        with full_disk_told(Path.cwd()):
+            run(json.loads(os.environ[REQUEST]))
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")

@@ -21,6 +21,8 @@ import numpy as np
 from ldm.errors import UserError
 
 BUFFER = 2**20
+MOST_OPEN = 128
+"""Files of a reader: a process has several readers, and often no more than 1,024 files."""
 Numbers = Sequence[int] | np.ndarray
 """Places of samples in the order of the shards."""
 
@@ -218,6 +220,8 @@ class ShardReader:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
+            if len(self._files) >= MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         return self._files[shard]
 

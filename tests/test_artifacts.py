@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ldm.artifacts import MANIFEST, digest_tree, opening, write_json, write_whole, writing
 from ldm.errors import UserError
+from tests.disk import room_for
 
 
 def write(target: Path, files: dict[str, bytes], **changes: object) -> None:
@@ -172,3 +173,20 @@ def test_write_whole_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:
         write_whole(tmp_path / "file", content)
         assert (tmp_path / "file").read_bytes() == content
     assert only(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"first")
+    with room_for(1000), pytest.raises(UserError, match=r"/file: cannot be written \(File too"):
+        write_whole(tmp_path / "file", bytes(2000))
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert only(tmp_path) == ["file"]
+
+
+def test_a_full_disk_in_the_block_is_told_of_the_directory(target: Path) -> None:
+    before = digest_tree(target)
+    full = pytest.raises(UserError, match=rf"^{target}: cannot be written \(File too large\); make")
+    with full, room_for(1000), writing(target, "images", config={}, inputs={}) as fresh:
+        (fresh / "large").write_bytes(bytes(2000))
+    assert digest_tree(target) == before
+    assert only(target.parent) == [target.name]

@@ -24,6 +24,7 @@ from ldm.errors import UserError
 from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
+from tests.disk import room_for
 from tests.encoding import SETTINGS, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
 from tests.test_train import run_here
@@ -298,6 +299,15 @@ def test_what_is_not_finite_is_named(project: Project) -> None:
     with pytest.raises(UserError, match=r"train-00000 sample 00000000: .* not finite"):
         project.encode()
     assert not project.out.exists()
+
+
+def test_a_full_disk_is_told_and_costs_nothing(project: Project) -> None:
+    full = pytest.raises(UserError, match=r"latents: cannot be written \(.*\); make room on that")
+    with full, room_for(2000):
+        project.encode()
+    assert not project.out.exists()
+    project.encode()
+    project.assert_as_if_clean()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

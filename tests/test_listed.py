@@ -60,6 +60,13 @@ def test_a_url_in_two_lists_is_asked_once_and_wanted_in_both() -> None:
     assert numbers(row for _, row in listed.worth_asking("url")) == both[:3]
 
 
+def test_rows_with_a_url_that_are_not_asked_for_are_at_rest() -> None:
+    rows = rows_of("train", "http://a/1", "ftp://a/1", "http://a/2")
+    listed = listed_of([Row("train", 9, "http://a/3", ""), *rows])
+    assert numbers(listed.resting()) == [("train", 9)]
+    assert numbers(row for _, row in listed.worth_asking("key")) == [("train", 0), ("train", 2)]
+
+
 def test_what_was_asked_for_is_known_when_it_is_left_out() -> None:
     listed = listed_of(rows_of("train", "http://a/1", "http://a/2"))
     first = next(listed.wanted())

@@ -68,6 +68,22 @@ def test_reading_in_any_order_and_in_another_process(tmp_path: Path) -> None:
     assert copy.read("00000003", "json") == b'{"row": 3}'
 
 
+def test_no_more_than_so_many_files_are_open(tmp_path: Path) -> None:
+    names = [f"{number:08d}" for number in range(3 * shards.MOST_OPEN)]
+    folder = write(tmp_path, {name: {"png": name.encode()} for name in names}, a_shard=1)
+    reader = ShardReader(folder, "train", frozenset({"png"}))
+    before = open_files()
+    for order in (names, names[::-1], names):
+        assert [reader.read(name, "png") for name in order] == [name.encode() for name in order]
+    assert open_files() - before == shards.MOST_OPEN
+    reader.close()
+    assert open_files() == before
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @given(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=120),
     st.integers(0, 2**33 - 1),

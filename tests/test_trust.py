@@ -237,6 +237,27 @@ def test_a_blocked_picture_is_in_no_store(tmp_path: Path) -> None:
         assert project.ingest(config=strict) == ["1.png"]
 
 
+def test_a_row_that_sits_a_run_out_is_still_held_to_its_first_file(tmp_path: Path) -> None:
+    files: dict[str, bytes | int] = dict(FILES)
+    with serving(files) as server:
+        project = Project(tmp_path, server, [])
+        project.list(names(0, 1, 2))
+        project.ingest()
+        rows = [(f"{server}/{one}", one, "0.9" if one == "1.png" else "0") for one in names(0, 1)]
+        write_list(project.data / "train.csv", "url,caption,punsafe", rows)
+        valid = [(f"{server}/22.png", "words", "0")]
+        write_list(project.data / "validation.csv", "url,caption,punsafe", valid)
+        project.ingest(config=CONFIG.model_copy(update={"max_punsafe": 0.5}))
+        assert project.skipped()["1.png"][0] == "punsafe too high"
+        files["1.png"], files["2.png"] = FILES["20.png"], FILES["21.png"]
+        project.list(names(0, 1, 2))
+        project.ingest()
+    # What had left the list has no past.
+    assert {name: why for name, (why, _) in project.skipped().items()} == {
+        "1.png": "changed content"
+    }
+
+
 def test_a_url_in_both_lists_is_asked_once(tmp_path: Path) -> None:
     asked: list[str] = []
     with serving(FILES, asked=asked) as server:

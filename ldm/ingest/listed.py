@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 from ldm.config import Ingest
 from ldm.ingest.reasons import RefusedError
-from ldm.ingest.rows import Row, Skip, check
+from ldm.ingest.rows import Row, Skip, ascii_url, check
 from ldm.ingest.scratch import scratch_database, told
 
 TABLE = """
 CREATE TABLE rows (
     id INTEGER PRIMARY KEY, split TEXT, number INTEGER, url TEXT, caption TEXT, rated TEXT,
-    sha256 TEXT, key TEXT, reason TEXT DEFAULT '', detail TEXT DEFAULT '',
+    sha256 TEXT, key TEXT, asked INTEGER DEFAULT 0, reason TEXT DEFAULT '', detail TEXT DEFAULT '',
     UNIQUE (split, number)
 );
 CREATE INDEX by_key ON rows (key);
 """
-"""In the order of the lists. A row without a ``reason`` is wanted; with one it is left out."""
+"""In the order of the lists. A row without a ``reason`` is wanted; with one it is left out. What
+has no ``key`` has no URL; ``asked``: 1 for what was not left out at once."""
 FIELDS = "id, split, number, url, caption, rated, sha256, key"
 PAGE = 1000
 """Rows at a time."""
@@ -43,24 +44,24 @@ class Listed:
                 self._insert(row)
                 try:
                     check(row, config)
-                    self._keep(row)
+                    self._ask(row)
                 except RefusedError as refusal:
                     self.leave_out(row, refusal)
 
     def _insert(self, row: Row) -> None:
-        insert = (
-            "INSERT INTO rows (split, number, url, caption, rated, sha256) VALUES (?,?,?,?,?,?)"
-        )
-        rated = json.dumps(row.rated)
-        self._db.execute(insert, (row.split, row.number, row.url, row.caption, rated, row.sha256))
+        columns = "split, number, url, caption, rated, sha256, key"
+        values = row.split, row.number, row.url, row.caption, json.dumps(row.rated), row.sha256
+        key = None if ascii_url(row.url) is None else row.key
+        insert = f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        self._db.execute(insert, (*values, key))
 
-    def _keep(self, row: Row) -> None:
-        """Give it its key, unless a row before it has that."""
-        first = "SELECT number FROM rows WHERE key = ? AND split = ? AND reason = ''"
+    def _ask(self, row: Row) -> None:
+        """Mark it as to be asked for, unless a row before it is that has its key."""
+        first = "SELECT number FROM rows WHERE key = ? AND split = ? AND asked"
         if earlier := self._db.execute(first, (row.key, row.split)).fetchone():
             raise RefusedError("duplicate", f"same url as row {earlier[0]}")
-        update = "UPDATE rows SET key = ? WHERE split = ? AND number = ?"
-        self._db.execute(update, (row.key, row.split, row.number))
+        update = "UPDATE rows SET asked = 1 WHERE split = ? AND number = ?"
+        self._db.execute(update, (row.split, row.number))
 
     def leave_out(self, row: Row, refusal: RefusedError) -> None:
         """From now on the row is not wanted."""
@@ -85,11 +86,16 @@ class Listed:
         Two lists may have the same one.
         """
         first = (
-            "key NOTNULL AND NOT EXISTS (SELECT 1 FROM rows AS other WHERE other.id < rows.id "
-            f"AND other.key = rows.key AND other.{of_each} = rows.{of_each})"
+            "asked AND NOT EXISTS (SELECT 1 FROM rows AS other WHERE other.id < rows.id "
+            f"AND other.asked AND other.key = rows.key AND other.{of_each} = rows.{of_each})"
         )
         for place, *cells in self._pages(FIELDS, first):
             yield place, _row(*cells)
+
+    def resting(self) -> Iterator[Row]:
+        """Rows that were left out at once though they have a URL."""
+        for _, *cells in self._pages(FIELDS, "key NOTNULL AND NOT asked"):
+            yield _row(*cells)
 
     def at(self, place: int) -> Row:
         """The row of a place."""

@@ -82,7 +82,8 @@ def ingest(config: Ingest, data: Path, out: Path, runs: Path, *, refetch: bool =
             counts.update({split: part["kept"] for split, part in summary["lists"].items()})
             _describe(fresh, summary, listed, store, config)
         untrusted = (skip.row for skip in listed.left_out() if skip.reason in DISTRUSTED)
-        store.finish((row for _, row in listed.worth_asking("key")), untrusted)
+        asked = (row for _, row in listed.worth_asking("key"))
+        store.finish(asked, untrusted, listed.resting())
         say(line(summary, store.asked, out))
 
 

@@ -165,16 +165,20 @@ class Store:
         with self._writing():
             self._db.execute("DELETE FROM results WHERE fresh = 1 AND reason != ''")
 
-    def finish(self, rows: Iterable[Row], untrusted: Iterable[Row]) -> None:
-        """End a run: keep what it knows of ``rows``, of the untrusted among them the first hashes.
+    def finish(
+        self, rows: Iterable[Row], untrusted: Iterable[Row] = (), resting: Iterable[Row] = ()
+    ) -> None:
+        """End a run: keep what is known of ``rows``, but of the untrusted the first hashes alone.
 
-        Everything else is overwritten and gone.
+        So too of the ``resting``, which lists name and the run did not want: what they give when
+        they are wanted again must be what it was. Everything else is overwritten and gone.
         """
-        listed, gone = (((row.key,) for row in some) for some in (rows, untrusted))
+        asked, gone, idle = (((row.key,) for row in some) for some in (rows, untrusted, resting))
         with self._writing():
-            self._db.executemany("INSERT OR IGNORE INTO listed VALUES (?)", listed)
+            self._db.executemany("INSERT OR IGNORE INTO listed VALUES (?)", asked)
             self._db.execute("INSERT INTO wanted SELECT key FROM listed")
             self._db.executemany("DELETE FROM wanted WHERE key = ?", gone)
+            self._db.executemany("INSERT OR IGNORE INTO listed VALUES (?)", idle)
             for statement in FINISH.strip().splitlines():
                 self._db.execute(statement, self.basis._asdict())
 
