@@ -107,6 +107,19 @@ def _swap_in(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def manifest_of(path: Path) -> Manifest | None:
+    """What a directory says that it holds; None where it does not say.
+
+    Unverified: for those who need not read the files, of which there may be terabytes.
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        return Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST}: cannot be read ({error}); make it again") from error
+
+
 def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
     """Read and verify the directory of that ``kind``.
 
@@ -116,12 +129,9 @@ def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
     remedy = f"run `ldm {made_by_stage}` to make it"
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; {remedy}")
-    if not (path / MANIFEST).is_file():
+    manifest = manifest_of(path)
+    if manifest is None:
         raise UserError(f"{path}: has no {MANIFEST}, so it is unfinished or not ours; {remedy}")
-    try:
-        manifest = Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST}: cannot be read ({error}); {remedy} again") from error
     if (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSION):
         raise UserError(
             f"{path}: holds {manifest.kind!r} of schema {manifest.schema_version}, "

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,11 +96,19 @@ def _encode(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from ldm.launch import launch_training
     from ldm.remote import reading
+    from ldm.stale import expect_current
 
     if options.changed and options.resume is None:
         raise UserError("--changed: says what --resume RUN may do; give that too")
     params, how = _params(options), {"resume": options.resume, "changed": options.changed}
-    with reading(options.latents, options.runs) as latents:
+    pictures = options.images
+    if pictures is None and isinstance(options.latents, Path):
+        pictures = options.latents.with_name("images")
+    with (
+        reading(options.latents, options.runs) as latents,
+        reading(pictures, options.runs, files=False) if pictures else nullcontext() as images,
+    ):
+        expect_current(latents, images, params.encode)
         launch_training(params, latents, options.out, options.runs, **how)
 
 

@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
         images=IMAGES, out=LATENTS, runs=RUNS,
     )  # fmt: skip
     training = command("train", "train the UNet on latents", latents=LATENTS, out=MODEL, runs=RUNS)
+    training.add_argument(
+        "--images", type=_location,
+        help="what the latents must be of, if it is there; default: `images` beside the latents",
+    )  # fmt: skip
     training.add_argument("--resume", type=Path, metavar="RUN", help="go on from a folder of runs")
     training.add_argument(
         "--changed", action="store_true", help="with --resume: what differs from that run is meant"

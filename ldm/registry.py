@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__, tracking
-from ldm.artifacts import MANIFEST, Manifest, digest_json, opening
+from ldm.artifacts import Manifest, digest_json, manifest_of, opening
 from ldm.config import Registry, Sampling
 from ldm.config.section import flat
 from ldm.errors import UserError
@@ -124,18 +124,13 @@ def _curves(log: Path) -> tracking.Points:
 
 def _samples(latents: Path | None) -> str | None:
     """A line with split and key for each sample, if the latents are there with all their shards."""
-    if latents is None or not (latents / MANIFEST).is_file():
+    made = None if latents is None else manifest_of(latents)
+    if made is None:
         return None
-    keys = {split: ShardReader(latents, split, SAMPLE_MEMBERS) for split in USES}
-    counts = _manifest(latents).counts
-    if any(len(keys[split]) != counts.get(split, 0) for split in USES):
+    keys = {split: ShardReader(made.path, split, SAMPLE_MEMBERS) for split in USES}
+    if any(len(keys[split]) != made.counts.get(split, 0) for split in USES):
         return None
     return "".join(f"{split} {key}\n" for split in USES for key in sorted(keys[split]))
-
-
-def _manifest(path: Path) -> Manifest:
-    """Unverified: the stages that read the files did that, and there may be terabytes."""
-    return Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
 
 
 def _lineage(
@@ -154,9 +149,9 @@ def _lineage(
         tags["commit"] = commit
     # Each link is named by the one before; a link that is not there ends the chain.
     for name, path, stage in (("latents", latents, "train"), ("images", images, "encode")):
-        if path is None or not (path / MANIFEST).is_file() or f"{name}_digest" not in tags:
+        made = None if path is None else manifest_of(path)
+        if made is None or f"{name}_digest" not in tags:
             break
-        made = _manifest(path)
         if tags[f"{name}_digest"] != made.digest:
             raise UserError(f"{path}: is not what the model was made from; run `ldm {stage}`")
         tags |= {f"{key}_digest": digest for key, digest in made.inputs.items()}

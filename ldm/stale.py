@@ -1,0 +1,63 @@
+"""Whether latents are still those of the pictures and the settings that there are now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ldm.artifacts import Manifest, manifest_of
+from ldm.config import Encode
+from ldm.errors import UserError
+from ldm.latents import ABOUT, SAMPLE_MEMBERS
+from ldm.shards import ShardReader
+
+SPLITS = ("train", "validation")
+DECIDING = ("compute", "storage")
+"""Settings that decide what an array of the cache is."""
+
+
+def expect_current(latents: Path, images: Path | None, config: Encode) -> None:
+    """Raise :class:`UserError`, which says what differs, unless ``ldm encode`` would make the same.
+
+    Where the pictures are not at hand, settings alone are compared. What is no artifact is left to
+    the stage that opens it.
+    """
+    made = manifest_of(latents)
+    if made is None:
+        return
+    for name in DECIDING:
+        was, now = made.config.get(name), getattr(config, name)
+        if was != now:
+            raise UserError(
+                f"{latents}: was encoded with encode.{name} {was}, which is {now} now; run `ldm "
+                f"encode` again, or set encode.{name} to {was}"
+            )
+    pictures = None if images is None else manifest_of(images)
+    if pictures is not None and made.inputs.get("images") != pictures.digest:
+        raise UserError(
+            f"{latents}: is stale, {images} has changed since ({_difference(made, pictures)}); run "
+            "`ldm encode` again"
+        )
+
+
+def _difference(latents: Manifest, images: Manifest) -> str:
+    """In how many samples the pictures are others than those that were encoded."""
+    if not all((made.path / name).is_file() for made in (latents, images) for name in made.files):
+        return "its shards are others"  # Of what lies in a bucket no more is at hand.
+    new = gone = reworded = 0
+    about = frozenset({images.config["image_format"], "json"})
+    for split in SPLITS:
+        encoded = ShardReader(latents.path, split, SAMPLE_MEMBERS)
+        pictures = ShardReader(images.path, split, about)
+        before, now = set(encoded), set(pictures)
+        new, gone = new + len(now - before), gone + len(before - now)
+        reworded += sum(
+            _caption(encoded, ABOUT, key) != _caption(pictures, "json", key) for key in now & before
+        )
+    counts = {"samples new": new, "gone": gone, "with another caption": reworded}
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return found or "the same samples with other pixels, or cut into other shards"
+
+
+def _caption(reader: ShardReader, member: str, key: str) -> str:
+    return str(json.loads(reader.read(key, member))["caption"])
