@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import tarfile
@@ -46,6 +47,7 @@ def trace(params: Params, named: str, data: Path, images: Path, latents: Path) -
 
 def _here(key: str, data: Path, images: Path, latents: Path, max_caption: int) -> Iterator[str]:
     yield from _rows(data, key, max_caption)
+    yield from _left_out(images / "skipped.csv", key)
     for path, _ in _members(images, f"{key}.json"):
         yield f"{path}: picture {key}"
     for path, about in _members(latents, f"{key}.json"):
@@ -61,6 +63,17 @@ def _rows(data: Path, key: str, max_caption: int) -> Iterator[str]:
         for row in read_list(path, path.stem, max_caption):
             if ascii_url(row.url) is not None and row.key == key:
                 yield f"{path} row {row.number}: {row.url}"
+
+
+def _left_out(path: Path, key: str) -> Iterator[str]:
+    """Its picture may be in another row's sample all the same, which the reason then names."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            if ascii_url(line["url"]) is not None and key_of(line["url"]) == key:
+                why = ": ".join(filter(None, (line["reason"], line["detail"])))
+                yield f"{path}: row {line['row']} of {line['split']} is left out, {why}"
 
 
 def _members(folder: Path, name: str, prefix: str = "") -> Iterator[tuple[Path, bytes]]:

@@ -16,7 +16,8 @@ from ldm.config import Encode, Params, Pretrained, Registry
 from ldm.encode import encode
 from ldm.errors import UserError
 from ldm.images import encode_png
-from ldm.ingest.rows import key_of
+from ldm.ingest.report import write_skipped
+from ldm.ingest.rows import Row, Skip, key_of
 from ldm.latents import TEXT_MEMBERS, text_key
 from ldm.params import load_params
 from ldm.registered import trained_on
@@ -116,6 +117,22 @@ def test_a_row_is_followed_to_the_models(
     assert said(capsys) == expected
     project.trace(URLS[3])
     assert said(capsys)[-1] == "traced version 2 @challenger: was validated on it"
+
+
+def test_a_row_that_was_left_out_is_named_with_its_reason(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture may be in another row's sample, and the reason says in which."""
+    row = Row("train", 7, "http://a.org/copy.png", "words")
+    skipped = [
+        Skip(row, "duplicate content", "same picture as row 1 of train"),
+        Skip(Row("train", 8, "ftp://a", ""), "bad url"),
+    ]
+    write_skipped(tmp_path / "skipped.csv", skipped)
+    capsys.readouterr()
+    trace(project.params, row.url, project.data, tmp_path, project.latents)
+    why = "duplicate content: same picture as row 1 of train"
+    assert said(capsys)[0] == f"{tmp_path}/skipped.csv: row 7 of train is left out, {why}"
 
 
 def test_what_nobody_knows_is_said_in_one_line(project: Project) -> None:
