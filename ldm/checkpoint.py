@@ -12,7 +12,8 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Checkpoint:
     """The state after ``step`` optimizer steps: sets of tensors by name; an empty one has no file.
 
     ``val_loss``: of the averaged weights, where this step was validated. ``random``: the state of
-    generators, where a step's draws are no function of its number.
+    generators, where a step's draws are no function of its number. ``averaged``: the step up to
+    which ``ema`` goes.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Checkpoint:
     optimizer: Tensors
     val_loss: float | None = None
     random: Tensors = field(default_factory=dict)
+    averaged: int = 0
 
     @property
     def size(self) -> int:
@@ -53,8 +56,12 @@ class Checkpoint:
 
     def copied(self) -> Checkpoint:
         """The same state in memory of its own, on the CPU."""
-        parts = {part: _on_cpu(getattr(self, part), copy=True) for part in PARTS}
-        return Checkpoint(self.step, **parts, val_loss=self.val_loss)
+        return self.with_tensors({part: _on_cpu(getattr(self, part), copy=True) for part in PARTS})
+
+    def with_tensors(self, parts: Mapping[str, Tensors]) -> Checkpoint:
+        """The same state with other tensors."""
+        changed: dict[str, Any] = dict(parts)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
             save_file(_on_cpu(tensors), path)
             _sync(path)
             files[path.name] = digest_file(path)
-    state = {"step": checkpoint.step, "val_loss": checkpoint.val_loss, "files": files}
+    numbers = {name: getattr(checkpoint, name) for name in ("step", "averaged", "val_loss")}
+    state = numbers | {"files": files}
     write_json(folder / STATE, state)
     _sync(folder)
 
@@ -170,7 +178,8 @@ def newest(run: Path) -> Checkpoint | None:
     parts = {
         part: load_file(path) if path.name in state["files"] else {} for part, path in paths.items()
     }
-    return Checkpoint(state["step"], **parts, val_loss=state["val_loss"])
+    averaged = state.get("averaged", state["step"])  # Earlier ones do not say.
+    return Checkpoint(state["step"], **parts, val_loss=state["val_loss"], averaged=averaged)
 
 
 def newest_folder(run: Path) -> Path | None:

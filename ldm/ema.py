@@ -24,6 +24,8 @@ class Ema:
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float, steps: int) -> None:
         self.decay, self.steps = decay, steps
+        self.upto = 0
+        """The optimizer step of the last update."""
         self._present = dict(parameters)
         self.average = {name: one.detach().float().clone() for name, one in self._present.items()}
 
@@ -31,12 +33,13 @@ class Ema:
     def update(self, step: int) -> None:
         """After optimizer step ``step``, 1 for the first: every ``EVERY`` steps move the average.
 
-        And after the last of ``steps``; as far as the steps since would have moved it towards the
-        weights as they are now.
+        And after the last of ``steps``; as far as the steps since the last update would have moved
+        it towards the weights as they are now.
         """
         if step % EVERY and step != self.steps:
             return
-        since = range((step - 1) // EVERY * EVERY + 1, step + 1)
+        since = range(self.upto + 1, step + 1)
+        self.upto = step
         kept = math.prod(min(self.decay, (1 + one) / (10 + one)) for one in since)
         present = [self._present[name].detach().float() for name in self.average]
         torch._foreach_lerp_(list(self.average.values()), present, 1 - kept)

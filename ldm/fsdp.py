@@ -94,7 +94,7 @@ def gathered(state: Checkpoint) -> Checkpoint:
                 whole = whole.full_tensor()
             if first:
                 found[name] = whole.cpu()
-    return Checkpoint(state.step, **parts, val_loss=state.val_loss)
+    return state.with_tensors(parts)
 
 
 def scattered(

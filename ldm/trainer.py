@@ -258,7 +258,9 @@ class Trainer:
     def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
         optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
         weights = trained(self.denoiser)
-        state = checkpoint.Checkpoint(step, weights, self.ema.average, optimizer, val_loss)
+        state = checkpoint.Checkpoint(
+            *(step, weights, self.ema.average, optimizer, val_loss), averaged=self.ema.upto
+        )
         return fsdp.gathered(state) if self.sharded else state
 
     def _resume(self) -> int:
@@ -285,6 +287,7 @@ class Trainer:
             ) from error
         device = self.accelerator.device
         self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
+        self.ema.upto = found.averaged
         return found.step
 
 

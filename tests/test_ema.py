@@ -38,6 +38,22 @@ def test_weights_that_move_are_averaged_nearly_so() -> None:
     assert abs(ours - expected) < EVERY / 2
 
 
+def test_a_run_that_goes_on_past_its_last_step_counts_each_step_once() -> None:
+    last, more = EVERY + 2, 2 * EVERY + 3
+    _, expected = averages(lambda _: 1.0, more)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    first = Ema({"weight": parameter}, DECAY, last)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    for step in range(1, last + 1):
+        first.update(step)
+    second = Ema({"weight": parameter}, DECAY, more)
+    second.average, second.upto = first.average, first.upto
+    for step in range(last + 1, more + 1):
+        second.update(step)
+    assert float(second.average["weight"][0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_two_swaps_are_none_and_one_is_the_average() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     ema = Ema({"weight": parameter}, 0.5, STEPS)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm import checkpoint
 from ldm.artifacts import opening
@@ -51,6 +52,21 @@ def test_a_run_goes_on_by_its_name(pipeline: Path, latents: Path, tmp_path: Path
     stopped_at(earlier, 6)
     assert run(pipeline, latents, tmp_path, resume=earlier) == earlier
     assert opening(tmp_path / "model", "model", "train").files == whole
+
+
+def test_a_run_that_goes_on_past_its_end_averages_each_step_once(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    earlier = run(pipeline, latents, tmp_path, steps=6)
+    later = run(pipeline, latents, tmp_path, resume=earlier, changed=True, steps=7)
+    before, after = (checkpoint.newest(one) for one in (earlier, later))
+    assert before is not None and after is not None
+    assert (before.averaged, after.averaged) == (6, 7)
+    kept = min(Train.model_validate({**HALF}).ema_decay, 8 / 17)
+    for name, one in after.ema.items():
+        expected = kept * before.ema[name] + (1 - kept) * after.weights[name]
+        assert torch.allclose(one, expected, atol=1e-6), name
+        assert not torch.equal(one, before.ema[name])
 
 
 def test_other_settings_are_refused_by_name(pipeline: Path, latents: Path, tmp_path: Path) -> None:
