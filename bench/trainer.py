@@ -115,7 +115,7 @@ def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[]
 
     def with_checkpoint() -> None:
         with Saver(run, keep=2) as saver:
-            saver.save(trainer._checkpoint(next(numbers), None))
+            saver.save(trainer.state.checkpoint(next(numbers), None))
             steps()
 
     return with_checkpoint

@@ -117,7 +117,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"{target}: the checkpoint could not be written ({error}); make room and run the same "
             "command again"
         ) from error
-    _prune(run, keep)
+    _prune(run, keep, target)
     return target
 
 
@@ -142,14 +142,20 @@ def _on_cpu(tensors: Tensors, *, copy: bool = False) -> Tensors:
     }
 
 
-def _prune(run: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` and the one with the lowest validation loss."""
-    found = folders(run)
+def _prune(run: Path, keep: int, newest: Path) -> None:
+    """Remove all but ``keep`` up to the newest and the one with the lowest validation loss.
+
+    Later ones, which are damaged or it would not be written again, count for nothing.
+    """
+    found = [folder for folder in folders(run) if folder <= newest]
     losses = {folder: _val_loss(folder) for folder in found}
     best = min(found, key=losses.__getitem__)
     for old in found[:-keep]:
         if old != best or losses[old] == math.inf:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                say(f"{old}: an old checkpoint that cannot be removed ({error})")
 
 
 def _val_loss(folder: Path) -> float:

@@ -79,12 +79,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
-    """The run on the same latents that was stopped last before its end, and how it differs."""
+    """The run on the same latents that stands last before an end, and how it differs.
+
+    Before its own end; or at that, and only the number of steps is another.
+    """
     found = []
     for file in runs.glob(f"*/{RUN}"):
         known = json.loads(file.read_text())
         steps = [int(one.name.removeprefix("step-")) for one in checkpoint.folders(file.parent)]
         same_latents = known["inputs"]["latents"] == identity["inputs"]["latents"]
-        if same_latents and steps and steps[-1] < known["config"]["steps"] and known != identity:
-            found.append((file.stat().st_mtime, file.parent, differences(known, identity)))
+        if not same_latents or not steps or known == identity:
+            continue
+        changes = differences(known, identity)
+        more = [one.startswith("train.steps ") for one in changes] == [True]
+        end = identity["config"]["steps"] if more else known["config"]["steps"]
+        if steps[-1] < end:
+            found.append((file.stat().st_mtime, file.parent, changes))
     return max(found)[1:] if found else None

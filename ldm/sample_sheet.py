@@ -20,6 +20,11 @@ from ldm.unet import Network
 COLUMNS, DEFAULT_PROMPTS = 4, 12
 
 
+def sheet_name(step: int) -> str:
+    """Of its file, in the run's folder."""
+    return f"samples-{step:08d}.png"
+
+
 @dataclass(frozen=True)
 class SampleSheet:
     """Draws with a painter that shares the training's network."""
@@ -56,7 +61,7 @@ class SampleSheet:
         pictures = list(self.painter.draw(requests, self.sampling))
         marks = [None] * len(pictures)
         sheet = captioned_grid(pictures, self.prompts, marks, COLUMNS)
-        path = run / f"samples-{step:08d}.png"
+        path = run / sheet_name(step)
         if writes:
             write_whole(path, encode_png(sheet))
         return path

@@ -45,7 +45,8 @@ from ldm.unet import Network, shape_of
 
 DECIDING = (
     *("cache", "data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora"),
-    *("fsdp", "objective", "optimizers", "order", "schedule", "trainer", "unet"),
+    *("fsdp", "objective", "optimizers", "order", "schedule", "trainer", "training_state", "unet"),
+    "validation",
 )
 """Modules, besides ``ldm.nn``."""
 
@@ -156,7 +157,7 @@ def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
     ):
         earlier, changes = found
         say(
-            f"train: a new run; {earlier} was stopped before its end and differs "
+            f"train: a new run; {earlier} stands before its end and differs "
             f"({'; '.join(changes)}); `ldm train --resume {earlier} --changed` goes on from it"
         )
 

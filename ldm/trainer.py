@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from ldm import checkpoint, fsdp
 from ldm.cache import LatentCache
 from ldm.config import Train
-from ldm.data import Batch, TrainingBatches, one_ahead, validation_batches
+from ldm.data import Batch, TrainingBatches, one_ahead
 from ldm.denoiser import Denoiser, trained
 from ldm.draws import DROPOUT, counter_based
 from ldm.ema import Ema
@@ -24,13 +25,12 @@ from ldm.objective import Objective
 from ldm.optimizers import make_optimizer
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
-from ldm.sample_sheet import SampleSheet
+from ldm.sample_sheet import SampleSheet, sheet_name
 from ldm.saver import Saver
 from ldm.schedule import rate_factor
 from ldm.termination import Termination, ignore
-
-BANDS = 4
-"""Equal parts of the timesteps, from the least noisy, that validation is told apart by."""
+from ldm.training_state import TrainingState
+from ldm.validation import validation_loss
 
 
 class Trainer:
@@ -72,6 +72,7 @@ class Trainer:
             )
         self.parameters = list(self.prepared.parameters())
         self.ema = Ema(trained(denoiser), config.ema_decay, config.steps)
+        self.state = TrainingState(accelerator, denoiser, self.optimizer, self.ema, sharded)
         self.batches = TrainingBatches(
             cache,
             seed=config.seed,
@@ -93,15 +94,17 @@ class Trainer:
         whose loss or gradient is not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
-        first = self._resume()
-        takes_part = main or self.sharded  # In what needs whole weights.
+        first = self.state.resume(self.folder, self.earlier, config.steps)
         log = RunLog(self.folder / LOG, first, writes=main, live=self.live)
+        self._skipped_in_a_row = skipped_before(log, first)
         micro_batches = self.micro_batches(first)
-        steps = range(first, config.steps)
         size, unit = config.batch_size, "samples"
         bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
         with bar, Saver(self.folder, config.keep_checkpoints) as saver:
-            for step in steps:
+            stopping = first > 0 and self._go_on_after(first, log, saver, termination)
+            for step in range(first, config.steps):
+                if stopping:
+                    return False
                 rate = self._set_rates(step)
                 loss, norm, stopping = self.step(step, micro_batches, termination, log)
                 done = step + 1
@@ -109,20 +112,51 @@ class Trainer:
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
                     shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
                     bar.set_postfix_str(shown, refresh=False)
-                last = done == config.steps
-                val_loss = None
-                if last or done % config.validate_every == 0:
-                    validated = self._validate()
-                    log.write({"step": done, **validated})
-                    val_loss = validated["val_loss"]
-                if takes_part and (last or stopping or done % config.checkpoint_every == 0):
-                    self._save(saver, done, val_loss, last=last or stopping)
-                if takes_part and self.sheet and done % (config.sample_every or done + 1) == 0:
-                    self._draw(done)
+                if not stopping:
+                    stopping = self._conclude(done, log, saver, termination)
+                if stopping:
+                    self._save(saver, done, None, log, last=True)
                 bar.update(size)
-                if stopping and not last:
-                    return False
-        return True
+        return not stopping
+
+    def _conclude(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
+        """What is due after a step: validation, checkpoint, sheet; True if it was asked to stop.
+
+        Then all that is left to the next start.
+        """
+        config, last = self.config, step == self.config.steps
+        val_loss = None
+        if last or step % config.validate_every == 0:
+            validated = self._validate(termination)
+            if validated is None:
+                return True
+            log.write({"step": step, **validated})
+            val_loss = validated["val_loss"]
+        if val_loss is not None or step % config.checkpoint_every == 0:
+            self._save(saver, step, val_loss, log, last=last)
+        if self._draws_at(step):
+            self._draw(step)
+        return False
+
+    def _go_on_after(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
+        """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
+        if not checkpoint.folders(self.folder):
+            return False  # It goes on from another run, which has concluded it.
+        due = step == self.config.steps or step % self.config.validate_every == 0
+        if due and not any(one["step"] == step and "val_loss" in one for one in log.kept):
+            return self._conclude(step, log, saver, termination)
+        if self._draws_at(step) and not (self.folder / sheet_name(step)).is_file():
+            self._draw(step)
+        return False
+
+    def _draws_at(self, step: int) -> bool:
+        every = self.config.sample_every
+        return self._takes_part and self.sheet is not None and step % (every or step + 1) == 0
+
+    @property
+    def _takes_part(self) -> bool:
+        """In what needs whole weights: the main process, or all where these are spread."""
+        return self.accelerator.is_main_process or self.sharded
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
@@ -163,9 +197,17 @@ class Trainer:
         if finite:
             self.ema.update(step + 1)
             self._skipped_in_a_row = 0
-        elif accelerator.scaler is None or not math.isfinite(loss):
+        elif self._is_to_blame(loss):
             self._note_skipped(step, losses, log)
         return round(loss, 6), round(float(norm), 4), stopping > 0
+
+    def _is_to_blame(self, loss: float) -> bool:
+        """Whether a step without a finite gradient is more than a scaler's search for its scale.
+
+        A scale below 1 has been halved for every such step, in vain.
+        """
+        scaler = self.accelerator.scaler
+        return scaler is None or not math.isfinite(loss) or scaler.get_scale() < 1
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """What a network draws by itself is a function of the position too."""
@@ -187,39 +229,24 @@ class Trainer:
                 "compute in float32 (train.mixed_precision: no)"
             )
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, Any]:
-        """Mean loss of the averaged weights over the validation split, the same draws every time.
-
-        In all, and by band of timesteps. The processes share each batch.
-        """
-        accelerator = self.accelerator
+    def _validate(self, termination: Termination) -> dict[str, Any] | None:
+        """The averaged weights' loss, None if a signal came meanwhile; UserError if not finite."""
         self.ema.swap()
         self.denoiser.eval()
-        seen = []
-        for own, count in validation_batches(
-            self.held_out,
+        found = validation_loss(
+            *(self.accelerator, self.objective, self.denoiser, self.held_out),
             seed=self.config.seed,
             batch_size=self.batches.batch_size,
-            timesteps=len(self.objective.levels),
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        ):
-            batch = own.to(accelerator.device)
-            with accelerator.autocast():
-                each = self.objective.loss(self.denoiser, batch)
-            whole = accelerator.gather((each, batch.timesteps))
-            seen.append([part[:count].cpu() for part in whole])
+            termination=termination,
+        )
         self.denoiser.train()
         self.ema.swap()
-        loss, timesteps = map(torch.cat, zip(*seen, strict=True))
-        if not torch.isfinite(loss).all():
+        if found is not None and not math.isfinite(found["val_loss"]):
             raise UserError(
                 f"{self.folder}: the averaged weights' validation loss is not finite; train again "
                 "with a lower train.learning_rate, or in float32 (train.mixed_precision: no)"
             )
-        bands = by_band(loss, timesteps, len(self.objective.levels))
-        return {"val_loss": round(float(loss.mean()), 6), "val_loss_bands": bands}
+        return found
 
     def _draw(self, step: int) -> None:
         """A sheet of samples by the averaged weights."""
@@ -250,52 +277,18 @@ class Trainer:
         )
         return iter(loader) if config.workers else one_ahead(iter(loader))
 
-    def _save(self, saver: Saver, step: int, val_loss: float | None, *, last: bool) -> None:
-        state = self._checkpoint(step, val_loss)
+    def _save(
+        self, saver: Saver, step: int, val_loss: float | None, log: RunLog, *, last: bool
+    ) -> None:
+        if not self._takes_part:
+            return
+        log.sync()
+        state = self.state.checkpoint(step, val_loss)
         if self.accelerator.is_main_process:
             saver.save(state, last=last)
 
-    def _checkpoint(self, step: int, val_loss: float | None) -> checkpoint.Checkpoint:
-        optimizer = checkpoint.optimizer_tensors(self.optimizer, self.accelerator.scaler)
-        weights = trained(self.denoiser)
-        state = checkpoint.Checkpoint(
-            *(step, weights, self.ema.average, optimizer, val_loss), averaged=self.ema.upto
-        )
-        return fsdp.gathered(state) if self.sharded else state
 
-    def _resume(self) -> int:
-        """Load the run's newest whole checkpoint, if there is one; the number of steps done."""
-        found = checkpoint.newest(self.folder)
-        if found is None and self.earlier is not None:
-            found = checkpoint.newest(self.earlier)
-        if found is None:
-            return 0
-        if found.step >= self.config.steps > 0 and not checkpoint.folders(self.folder):
-            raise UserError(
-                f"{self.earlier}: has taken {found.step} steps; raise train.steps above that"
-            )
-        try:
-            if self.sharded:
-                found = fsdp.scattered(found, self.denoiser, self.optimizer)
-            self.denoiser.restore(found.weights)
-            checkpoint.restore_optimizer(self.optimizer, found.optimizer, self.accelerator.scaler)
-        except (RuntimeError, ValueError, KeyError) as error:
-            if self.earlier is None:
-                raise
-            raise UserError(
-                f"{self.earlier}: trained other weights than this would; leave out --resume"
-            ) from error
-        device = self.accelerator.device
-        self.ema.average = {name: tensor.to(device) for name, tensor in found.ema.items()}
-        self.ema.upto = found.averaged
-        return found.step
-
-
-def by_band(losses: torch.Tensor, timesteps: torch.Tensor, of: int) -> list[float | None]:
-    """Mean of the losses (n,) in each of ``BANDS``, by their timesteps (n,) ``of`` so many.
-
-    None for a band that no timestep is in.
-    """
-    bands = timesteps * BANDS // of
-    found = (losses[bands == number] for number in range(BANDS))
-    return [round(float(own.mean()), 6) if len(own) else None for own in found]
+def skipped_before(log: RunLog, step: int) -> int:
+    """How many steps in a row, up to ``step``, changed nothing."""
+    skipped = {entry["step"] for entry in log.kept if "skipped" in entry}
+    return next(number for number in count() if step - number not in skipped)

@@ -28,7 +28,7 @@ from ldm.models import Source
 from ldm.report import read_curves
 from ldm.sampling import Painter, Request
 from ldm.train import train
-from ldm.trainer import by_band
+from ldm.validation import by_band
 from tests.encoding import Project, in_shards, picture, write_images
 from tests.launched import SHORT, launch, wait_for
 
