@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
 from ldm.ingest.reasons import RefusedError
@@ -14,10 +14,23 @@ Resolve = Callable[..., Sequence[tuple[Any, ...]]]
 """As :func:`socket.getaddrinfo`."""
 
 GLOBAL_UNICAST = ip_network("2000::/3")
-WRAPPED = tuple(
-    IPv6Network(one) for one in ("2001::/32", "2002::/16", "2001:db8::/32", "2001:10::/28")
+CLOSED = tuple(
+    ip_network(one)
+    for one in (
+        "168.63.129.16/32",  # Azure's metadata
+        "192.0.0.0/24",  # protocols' own, and the metadata of Oracle's cloud
+        "192.31.196.0/24",  # AS112, answered by whoever is near
+        "192.52.193.0/24",  # multicast relays, likewise
+        "192.88.99.0/24",  # 6to4 relays, likewise
+        "192.175.48.0/24",  # AS112
+        "2001::/23",  # protocols' own: Teredo, multicast relays, AS112, identifiers of hosts
+        "2002::/16",  # 6to4, which wraps any IPv4 address
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
 )
-"""Within global unicast, but an IPv4 address in disguise (Teredo, 6to4) or nobody's."""
+"""No site is here, whatever ``is_global`` says, which knows more or less of it from one Python 3.11
+to the next: IANA's special-purpose registries, and a cloud's service at a public address."""
 NUMERIC_HOST = re.compile(r"(0x[0-9a-f]*|\d+)(\.(0x[0-9a-f]*|\d+))*\.?", re.IGNORECASE)
 PLAIN_IPV4 = re.compile(r"(0|[1-9]\d{0,2})(\.(0|[1-9]\d{0,2})){3}")
 
@@ -45,11 +58,7 @@ def is_open(address: str, allowed: Sequence[str]) -> bool:
     ip = ip_address(address)
     if any(ip in ip_network(network) for network in allowed):
         return True
-    if isinstance(ip, IPv6Address):
-        # Mapped and translated IPv4 (::ffff:0:0/96, 64:ff9b::/96) lie outside.
-        return ip in GLOBAL_UNICAST and ip.is_global and not any(ip in one for one in WRAPPED)
-    return _is_public(ip)
-
-
-def _is_public(ip: IPv4Address) -> bool:
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    if isinstance(ip, IPv6Address) and ip not in GLOBAL_UNICAST:
+        return False  # Mapped and translated IPv4 (::ffff:0:0/96, 64:ff9b::/96) among others.
+    special = ip.is_multicast or ip.is_reserved or any(ip in network for network in CLOSED)
+    return ip.is_global and not special
