@@ -374,7 +374,12 @@ def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> Non
     [
         ("http://a.org/b%20c.png?d=1&e=%2F", "http://a.org/b%20c.png?d=1&e=%2F"),
         ("https://bücher.de:81/图 1.png#x", "https://xn--bcher-kva.de:81/%E5%9B%BE%201.png"),
+        ("http://straße.de/a", "http://xn--strae-oqa.de/a"),
+        ("http://１２７.0.0.1/a", "http://127.0.0.1/a"),
         ("http://[::1]:8/a", "http://[::1]:8/a"),
+        ("http://☃.de/a", None),
+        ("http://图..de/a", None),
+        ("http://a/\udc80", None),
         ("ftp://a/b", None),
         ("file:///etc/passwd", None),
         ("data:image/png;base64,AA==", None),
