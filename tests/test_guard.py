@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -45,7 +46,7 @@ def flood(handler: BaseHTTPRequestHandler) -> None:
 
 
 class Hostile(BaseHTTPRequestHandler):
-    """Each path is a trick; ``/to?URL`` redirects."""
+    """Each path is a trick; ``/to?URL`` redirects, to the bytes that its %XX stand for."""
 
     protocol_version = "HTTP/1.1"
     asked: list[str]
@@ -55,7 +56,7 @@ class Hostile(BaseHTTPRequestHandler):
         self.close_connection = True
         path, _, rest = self.path.partition("?")
         if path == "/to":
-            self.head(302, Location=rest)
+            self.head(302, Location=unquote_to_bytes(rest).decode("latin-1"))
         elif path == "/loop":
             self.head(302, Location="/loop")
         elif path == "/endless-redirect":
@@ -212,6 +213,11 @@ def test_the_allow_list_opens(closed: Origin) -> None:
         ("gopher://127.0.0.1/", "bad url"),
         ("http://user:word@127.0.0.1/", "bad url"),
         ("https:///picture", "bad url"),
+        ("http://[", "bad url"),
+        ("http://[HOST]/a", "bad url"),
+        ("//[::1/a", "bad url"),
+        ("http://a..图/", "bad url"),
+        ("http://☃/", "bad url"),
     ],
 )
 def test_redirects_stay_on_the_web(origin: Origin, target: str, expected: str) -> None:
@@ -258,6 +264,19 @@ def test_nobody_there() -> None:
 
 def test_https_wants_a_certificate_that_is_trusted(origin: Origin) -> None:
     assert reason(at(origin, "/picture").replace("http:", "https:")) == "bad certificate"
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        ("/图.png?尺=1", "/%E5%9B%BE.png?%E5%B0%BA=1"),  # The server sends UTF-8 as it is.
+        ("/caf%E9.png", "/caf%E9.png"),  # Latin-1, of which only the bytes are known.
+        ("/%2525.png", "/%25.png"),
+    ],
+)
+def test_a_redirect_is_followed_in_the_bytes_it_is_sent_in(
+    origin: Origin, target: str, asked: str
+) -> None:
+    assert RULES.download(at(origin, f"/to?{target}")) == PICTURE
+    assert origin.asked[-1] == asked
 
 
 @pytest.mark.parametrize(

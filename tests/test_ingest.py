@@ -79,6 +79,11 @@ class Rogue(BaseHTTPRequestHandler):
             self.send_header("Location", "file:///etc/passwd")
             self.end_headers()
             return
+        if path == "/nowhere":
+            self.send_response(302)
+            self.send_header("Location", "http://[")
+            self.end_headers()
+            return
         body, headers = PAGES[path]
         self.send_response(200)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -330,6 +335,40 @@ def test_dead_list_fails_and_leaves_the_earlier_output(
     assert sorted(left) == [".images.lock", ".images.log", "images"]
     opening(out, "images", "ingest")
     assert digest_tree(out) == digest_tree(images)
+
+
+FAULTY = """
+from ldm.ingest.guard import Guard
+
+download = Guard.download
+
+def faulty(self, url):
+    if url.endswith("/odd.png"):
+        raise KeyError("of all things")
+    return download(self, url)
+
+Guard.download = faulty
+"""
+
+
+def test_what_fails_in_a_way_of_its_own_costs_its_row_alone(
+    rogue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a thread of img2dataset's would keep it waiting, good rows and all."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULTY)  # img2dataset's processes read it.
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(fetch, "PATIENCE_S", 60)
+    data, out = tmp_path / "data", tmp_path / "images"
+    rows = [(f"{rogue}/{name}", "words") for name in ("nowhere", "odd.png", "same.png")]
+    write_list(data / "train.csv", rows)
+    write_list(data / "validation.csv", [(f"{rogue}/wide.png", "words")])
+    ingest(CONFIG.model_copy(update={"min_yield": 0.1}), data, out, tmp_path / "runs")
+    assert opening(out, "images", "ingest").counts == {"train": 1, "validation": 1}
+    with (out / "skipped.csv").open(newline="") as file:
+        found = [(line["reason"], line["detail"]) for line in csv.DictReader(file)]
+    bad = ("bad url", "leads to 'http://['")
+    assert found == [bad, ("download failed", "KeyError('of all things')")]
 
 
 def test_list_without_one_usable_row_fails_before_any_download(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import http.client
 import io
 import socket
 import ssl
+import string
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from ldm.ingest.addresses import resolved
 from ldm.ingest.optout import opted_out
@@ -55,7 +56,7 @@ class Guard:
                     place = answer.headers.get("Location")
                     if answer.status not in REDIRECTS or place is None:
                         return self._body(answer)
-                    url = urljoin(url, place)
+                    url = _led_to(url, place)
         except TimeoutError as error:
             raise RefusedError("timeout", f"not done after {self.timeout_s:g} s") from error
         except ssl.SSLError as error:
@@ -117,6 +118,24 @@ class Guard:
         if answer.length:
             raise RefusedError("truncated", f"{answer.length} bytes of the body are missing")
         return body.getvalue()
+
+
+def _led_to(url: str, place: str) -> str:
+    """Where a redirect leads. Raises :class:`RefusedError` when ``place`` is no URL."""
+    place = _as_sent(place)
+    try:
+        return urljoin(url, place)
+    except ValueError as error:
+        raise RefusedError("bad url", f"leads to {place[:200]!r}") from error
+
+
+def _as_sent(value: str) -> str:
+    """A header's value, which http.client reads as Latin-1, as UTF-8; other bytes as %XX."""
+    content = value.encode("latin-1")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return quote(content, safe=string.printable)
 
 
 class Deadline:
