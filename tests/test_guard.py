@@ -6,15 +6,24 @@ closed address. Addresses elsewhere are tried on the check alone, or with a trap
 
 from __future__ import annotations
 
+import datetime
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from ldm.ingest import addresses, guard
 from ldm.ingest.addresses import is_open, resolved
@@ -234,8 +243,8 @@ def test_redirects_stay_on_the_web(origin: Origin, target: str, expected: str) -
         ("/drip-headers", "timeout"),
         ("/continue", "timeout"),
         ("/many-headers", "connection lost"),
-        ("/cut", "truncated"),
-        ("/cut-chunk", "truncated"),
+        ("/cut", "connection lost"),
+        ("/cut-chunk", "connection lost"),
         ("/garbage", "connection lost"),
         ("/mute", "connection lost"),
         ("/missing", "http 404"),
@@ -262,8 +271,48 @@ def test_nobody_there() -> None:
         assert reason(f"http://127.0.0.1:{bound.getsockname()[1]}/a.png") == "unreachable"
 
 
-def test_https_wants_a_certificate_that_is_trusted(origin: Origin) -> None:
-    assert reason(at(origin, "/picture").replace("http:", "https:")) == "bad certificate"
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody vouches for, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    form = (PrivateFormat.PKCS8, NoEncryption())
+    path = folder / "certificate.pem"
+    path.write_bytes(
+        key.private_bytes(Encoding.PEM, *form) + certificate.public_bytes(Encoding.PEM)
+    )
+    return path
+
+
+def test_https_wants_a_certificate_that_is_trusted(tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path))
+    with contextmanager(serving)("127.0.0.1") as origin:
+        origin.socket = context.wrap_socket(origin.socket, server_side=True)
+        assert reason(at(origin, "/picture").replace("http:", "https:")) == "bad certificate"
+
+
+def hang_up(listener: socket.socket) -> None:
+    """Read what the other side begins with, and end."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+
+
+def test_a_handshake_that_ends_early_is_a_lost_connection(origin: Origin) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=hang_up, args=(listener,), daemon=True).start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        assert reason(url) == "connection lost"
+    assert reason(at(origin, "/picture").replace("http:", "https:")) == "connection lost"
+
+
 @pytest.mark.parametrize(
     ("target", "asked"),
     [

@@ -154,7 +154,7 @@ def cases(rogue: str, silent: str, closed: str) -> list[tuple[str, str, str | No
         (f"{rogue}/grey16.png", "deep", None),
         (f"{rogue}/clear.png", "clear", None),
         (f"{rogue}/robots.png", "kept private", "not allowed by its site"),
-        (f"{rogue}/cut-off.png", "cut off", "truncated"),
+        (f"{rogue}/cut-off.png", "cut off", "connection lost"),
         (f"{rogue}/empty.png", "empty", "not an image"),
         (f"{rogue}/bytes.png", "bytes", "not an image"),
         (f"{rogue}/away", "redirect to a file", "bad url"),
@@ -222,7 +222,7 @@ def test_report_counts_what_was_skipped(
     assert report["rows"] == len(cases) + 5
     assert report["kept"] + sum(report["skipped"].values()) == report["rows"]
     assert report["lists"]["validation"] == {"rows": 5, "kept": 4, "skipped": {"http 404": 1}}
-    assert report["lists"]["train"]["skipped"]["truncated"] == 5
+    assert report["lists"]["train"]["skipped"]["truncated"] == 4
     assert report["skipped"]["http 404"] == 2
     assert next(iter(report["skipped"])) == "truncated"
 

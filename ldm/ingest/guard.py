@@ -59,12 +59,14 @@ class Guard:
                     url = _led_to(url, place)
         except TimeoutError as error:
             raise RefusedError("timeout", f"not done after {self.timeout_s:g} s") from error
-        except ssl.SSLError as error:
+        except ssl.SSLCertVerificationError as error:
             raise RefusedError("bad certificate", str(error)) from error
+        except ssl.SSLError as error:
+            raise RefusedError("connection lost", str(error)) from error
         except (socket.gaierror, ConnectionRefusedError) as error:
             raise RefusedError("unreachable", str(error)) from error
         except http.client.IncompleteRead as error:
-            raise RefusedError("truncated", "the connection ends within the body") from error
+            raise RefusedError("connection lost", "it ends within the body") from error
         except (ConnectionError, http.client.HTTPException) as error:
             raise RefusedError("connection lost", str(error) or type(error).__name__) from error
         except OSError as error:
@@ -116,7 +118,8 @@ class Guard:
             if body.tell() > self.max_bytes:
                 raise RefusedError("too many bytes", f"more than {self.max_bytes}")
         if answer.length:
-            raise RefusedError("truncated", f"{answer.length} bytes of the body are missing")
+            detail = f"{answer.length} bytes of the body are missing"
+            raise RefusedError("connection lost", detail)
         return body.getvalue()
 
 
