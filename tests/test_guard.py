@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from ldm.ingest import addresses, guard
-from ldm.ingest.addresses import is_open, resolved
+from ldm.ingest.addresses import Resolve, is_open, resolved
 from ldm.ingest.guard import Guard
 from ldm.ingest.optout import opted_out
 from ldm.ingest.reasons import RefusedError
@@ -371,11 +371,72 @@ def names(*found: str) -> Callable[..., list[tuple[Any, ...]]]:
 
 def test_one_closed_address_of_a_name_refuses_it() -> None:
     with pytest.raises(RefusedError) as caught:
-        resolved("a.example", 80, (), names("93.184.216.34", "10.0.0.1"))
+        resolved("a.example", 80, (), 1, names("93.184.216.34", "10.0.0.1"))
     assert caught.value.reason == "closed address"
-    assert resolved("a.example", 80, (), names("93.184.216.34", "93.184.216.34")) == [
+    assert resolved("a.example", 80, (), 1, names("93.184.216.34", "93.184.216.34")) == [
         "93.184.216.34"
     ]
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, resolve: Resolve) -> None:
+    """Let the guard look names up with this."""
+    monkeypatch.setattr(
+        guard, "resolved", lambda *given: addresses.resolved(*given, resolve=resolve)
+    )
+
+
+def test_a_lookup_counts_towards_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+
+    def slow(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        ended.wait(4)
+        return names("127.0.0.1")(host, port)
+
+    resolving(monkeypatch, slow)
+    start = time.monotonic()
+    assert reason("http://slow.example/a.png", Guard("ldm", LOOPBACK, 0.3, 1000, 0)) == "timeout"
+    assert time.monotonic() - start < 2
+    ended.set()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(socket.gaierror(-2, "not known"), "unreachable"), (UnicodeError("no name"), "bad url")],
+)
+def test_a_lookup_that_fails_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
+        raise error
+
+    resolving(monkeypatch, fail)
+    assert reason("http://nobody.example/a.png") == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_address_costs_no_thread(host: str) -> None:
+    asked: list[threading.Thread] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        asked.append(threading.current_thread())
+        return names(host)(host, port)
+
+    assert resolved(host, 80, ("127.0.0.1/32", "::1/128"), 1, resolve) == [host]
+    assert asked == [threading.current_thread()]
+
+
+def test_a_host_is_asked_for_by_the_name_that_browsers_give_it(
+    origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        return names("127.0.0.1")(host, port)
+
+    resolving(monkeypatch, resolve)
+    assert RULES.download(at(origin, f"/to?{at(origin, '/picture', 'straße.example')}")) == PICTURE
+    assert asked == ["127.0.0.1", "xn--strae-oqa.example"]
 
 
 def test_the_address_that_was_checked_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,9 +451,7 @@ def test_the_address_that_was_checked_is_connected_to(monkeypatch: pytest.Monkey
     def trap(found: list[str], port: int, deadline: guard.Deadline) -> socket.socket:
         raise ConnectionRefusedError(f"trapped {found}")
 
-    monkeypatch.setattr(
-        guard, "resolved", lambda *given: addresses.resolved(*given, resolve=resolve)
-    )
+    resolving(monkeypatch, resolve)
     monkeypatch.setattr(guard, "_connected", trap)
     with pytest.raises(RefusedError, match=r"trapped \['93.184.216.34'\]"):
         RULES.download("http://rebinding.example/a.png")

@@ -83,7 +83,7 @@ class Guard:
         host = parts.hostname or ""
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         try:
-            addresses = resolved(host, port, self.allowed)
+            addresses = resolved(host, port, self.allowed, deadline.left())
         except ValueError as error:  # UnicodeError among them: labels that no name can have.
             raise RefusedError("bad url", f"no such host name: {host[:100]!r}") from error
         connection = http.client.HTTPConnection(host, port)
