@@ -79,6 +79,11 @@ class Rogue(BaseHTTPRequestHandler):
             self.send_header("Location", "file:///etc/passwd")
             self.end_headers()
             return
+        if path == "/nowhere":
+            self.send_response(302)
+            self.send_header("Location", "http://[")
+            self.end_headers()
+            return
         body, headers = PAGES[path]
         self.send_response(200)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -149,7 +154,7 @@ def cases(rogue: str, silent: str, closed: str) -> list[tuple[str, str, str | No
         (f"{rogue}/grey16.png", "deep", None),
         (f"{rogue}/clear.png", "clear", None),
         (f"{rogue}/robots.png", "kept private", "not allowed by its site"),
-        (f"{rogue}/cut-off.png", "cut off", "truncated"),
+        (f"{rogue}/cut-off.png", "cut off", "connection lost"),
         (f"{rogue}/empty.png", "empty", "not an image"),
         (f"{rogue}/bytes.png", "bytes", "not an image"),
         (f"{rogue}/away", "redirect to a file", "bad url"),
@@ -217,7 +222,7 @@ def test_report_counts_what_was_skipped(
     assert report["rows"] == len(cases) + 5
     assert report["kept"] + sum(report["skipped"].values()) == report["rows"]
     assert report["lists"]["validation"] == {"rows": 5, "kept": 4, "skipped": {"http 404": 1}}
-    assert report["lists"]["train"]["skipped"]["truncated"] == 5
+    assert report["lists"]["train"]["skipped"]["truncated"] == 4
     assert report["skipped"]["http 404"] == 2
     assert next(iter(report["skipped"])) == "truncated"
 
@@ -332,6 +337,40 @@ def test_dead_list_fails_and_leaves_the_earlier_output(
     assert digest_tree(out) == digest_tree(images)
 
 
+FAULTY = """
+from ldm.ingest.guard import Guard
+
+download = Guard.download
+
+def faulty(self, url):
+    if url.endswith("/odd.png"):
+        raise KeyError("of all things")
+    return download(self, url)
+
+Guard.download = faulty
+"""
+
+
+def test_what_fails_in_a_way_of_its_own_costs_its_row_alone(
+    rogue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a thread of img2dataset's would keep it waiting, good rows and all."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULTY)  # img2dataset's processes read it.
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(fetch, "PATIENCE_S", 60)
+    data, out = tmp_path / "data", tmp_path / "images"
+    rows = [(f"{rogue}/{name}", "words") for name in ("nowhere", "odd.png", "same.png")]
+    write_list(data / "train.csv", rows)
+    write_list(data / "validation.csv", [(f"{rogue}/wide.png", "words")])
+    ingest(CONFIG.model_copy(update={"min_yield": 0.1}), data, out, tmp_path / "runs")
+    assert opening(out, "images", "ingest").counts == {"train": 1, "validation": 1}
+    with (out / "skipped.csv").open(newline="") as file:
+        found = [(line["reason"], line["detail"]) for line in csv.DictReader(file)]
+    bad = ("bad url", "leads to 'http://['")
+    assert found == [bad, ("download failed", "KeyError('of all things')")]
+
+
 def test_list_without_one_usable_row_fails_before_any_download(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         write_list(tmp_path / "data" / f"{split}.csv", [(embedded("train", 0), "")] * 3)
@@ -374,7 +413,12 @@ def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> Non
     [
         ("http://a.org/b%20c.png?d=1&e=%2F", "http://a.org/b%20c.png?d=1&e=%2F"),
         ("https://bücher.de:81/图 1.png#x", "https://xn--bcher-kva.de:81/%E5%9B%BE%201.png"),
+        ("http://straße.de/a", "http://xn--strae-oqa.de/a"),
+        ("http://１２７.0.0.1/a", "http://127.0.0.1/a"),
         ("http://[::1]:8/a", "http://[::1]:8/a"),
+        ("http://☃.de/a", None),
+        ("http://图..de/a", None),
+        ("http://a/\udc80", None),
         ("ftp://a/b", None),
         ("file:///etc/passwd", None),
         ("data:image/png;base64,AA==", None),

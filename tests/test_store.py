@@ -68,9 +68,10 @@ def test_a_picture_comes_back_as_it_was(tmp_path: Path) -> None:
     ("reason", "lasts"),
     [
         ("http 404", True), ("http 410", True), ("not an image", True), ("truncated", True),
-        ("closed address", True), ("not allowed by its site", True),
+        ("closed address", True), ("not allowed by its site", True), ("bad certificate", True),
         ("timeout", False), ("unreachable", False), ("connection lost", False),
-        ("http 429", False), ("http 503", False), ("download failed", False), ("no result", False),
+        ("http 408", False), ("http 425", False), ("http 429", False), ("http 503", False),
+        ("download failed", False), ("no result", False),
     ],
 )  # fmt: skip
 def test_what_may_pass_is_asked_again(tmp_path: Path, reason: str, lasts: bool) -> None:

@@ -359,5 +359,8 @@ def test_after_any_history_a_run_ends_as_a_clean_one(
 def test_keys_are_of_the_plain_url() -> None:
     assert key_of("http://a/图") == key_of("http://a/%E5%9B%BE#part") != key_of("http://a/b")
     assert key_of("http://a/b") == sha256(b"http://a/b")[:32]
+    for host in ("bücher.de", "BÜCHER.de.", "图片。中国", "пример.рф", "παράδειγμα.gr", "a.日本"):
+        plain = f"http://{host.encode('idna').decode().lower()}/b"
+        assert key_of(f"http://{host}/b") == sha256(plain.encode())[:32]
     with pytest.raises(UserError, match="'ftp://a/b': is no URL; write http://HOST"):
         key_of("ftp://a/b")

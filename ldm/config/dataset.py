@@ -39,7 +39,7 @@ class Ingest(Section):
     timeout_s: Count = 10
     """For a whole try: name, connection, redirects and body."""
     retries: Annotated[int, Field(ge=0)] = 1
-    """Further tries after what may pass: time-outs, lost connections, http 429 and 5xx."""
+    """Further tries after what may pass: time-outs, lost connections, http 408, 425, 429, 5xx."""
     allow_addresses: tuple[str, ...] = ("127.0.0.1/32",)
     """Networks (CIDR) that may be asked although not public; the embedded scenes' is one."""
     user_agent: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "ldm"

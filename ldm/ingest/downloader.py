@@ -32,3 +32,5 @@ class GuardedDownloader(downloader.Downloader):
             return key, io.BytesIO(self.guard.download(url)), None
         except RefusedError as refusal:
             return key, None, as_message(refusal)
+        except Exception as error:  # It would end a thread of img2dataset's, which waits for ever.
+            return key, None, repr(error)[:300]

@@ -6,13 +6,14 @@ import http.client
 import io
 import socket
 import ssl
+import string
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from ldm.ingest.addresses import resolved
 from ldm.ingest.optout import opted_out
@@ -55,15 +56,17 @@ class Guard:
                     place = answer.headers.get("Location")
                     if answer.status not in REDIRECTS or place is None:
                         return self._body(answer)
-                    url = urljoin(url, place)
+                    url = _led_to(url, place)
         except TimeoutError as error:
             raise RefusedError("timeout", f"not done after {self.timeout_s:g} s") from error
-        except ssl.SSLError as error:
+        except ssl.SSLCertVerificationError as error:
             raise RefusedError("bad certificate", str(error)) from error
+        except ssl.SSLError as error:
+            raise RefusedError("connection lost", str(error)) from error
         except (socket.gaierror, ConnectionRefusedError) as error:
             raise RefusedError("unreachable", str(error)) from error
         except http.client.IncompleteRead as error:
-            raise RefusedError("truncated", "the connection ends within the body") from error
+            raise RefusedError("connection lost", "it ends within the body") from error
         except (ConnectionError, http.client.HTTPException) as error:
             raise RefusedError("connection lost", str(error) or type(error).__name__) from error
         except OSError as error:
@@ -80,7 +83,7 @@ class Guard:
         host = parts.hostname or ""
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         try:
-            addresses = resolved(host, port, self.allowed)
+            addresses = resolved(host, port, self.allowed, deadline.left())
         except ValueError as error:  # UnicodeError among them: labels that no name can have.
             raise RefusedError("bad url", f"no such host name: {host[:100]!r}") from error
         connection = http.client.HTTPConnection(host, port)
@@ -115,8 +118,27 @@ class Guard:
             if body.tell() > self.max_bytes:
                 raise RefusedError("too many bytes", f"more than {self.max_bytes}")
         if answer.length:
-            raise RefusedError("truncated", f"{answer.length} bytes of the body are missing")
+            detail = f"{answer.length} bytes of the body are missing"
+            raise RefusedError("connection lost", detail)
         return body.getvalue()
+
+
+def _led_to(url: str, place: str) -> str:
+    """Where a redirect leads. Raises :class:`RefusedError` when ``place`` is no URL."""
+    place = _as_sent(place)
+    try:
+        return urljoin(url, place)
+    except ValueError as error:
+        raise RefusedError("bad url", f"leads to {place[:200]!r}") from error
+
+
+def _as_sent(value: str) -> str:
+    """A header's value, which http.client reads as Latin-1, as UTF-8; other bytes as %XX."""
+    content = value.encode("latin-1")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return quote(content, safe=string.printable)
 
 
 class Deadline:

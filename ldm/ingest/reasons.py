@@ -12,7 +12,16 @@ class RefusedError(Exception):
 
 
 PASSING = frozenset(
-    {"timeout", "connection lost", "unreachable", "http 429", "download failed", "no result"}
+    {
+        "timeout",
+        "connection lost",
+        "unreachable",
+        "http 408",
+        "http 425",
+        "http 429",
+        "download failed",
+        "no result",
+    }
 )
 _REFUSED = "refused: "
 _SEPARATOR = " | "

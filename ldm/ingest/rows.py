@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import idna
+
 from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest.captions import cleaned
@@ -123,16 +125,23 @@ def key_of(url: str) -> str:
 
 
 def ascii_url(url: str) -> str | None:
-    """The URL in ASCII, host in IDNA and the rest percent-encoded; None if it is not http(s)."""
+    """The URL in ASCII: the host in IDNA 2008, as browsers have it, and the rest percent-encoded.
+
+    None if it is not http(s), or names a host that there cannot be.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
         if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
             return None
         host = host if ":" not in host else f"[{host}]"
-        place = host if host.isascii() else host.encode("idna").decode()
-    except ValueError:
+        place = host if host.isascii() else idna.encode(host, uts46=True).decode()
+        path, query = map(_percent_encoded, (parts.path, parts.query))
+    except ValueError:  # UnicodeError among them.
         return None
     place += "" if port is None else f":{port}"
-    path, query = (quote(part, safe="/%:=&?~+!$,;'@()*[]-._") for part in (parts.path, parts.query))
     return urlunsplit((parts.scheme, place, path, query, ""))
+
+
+def _percent_encoded(part: str) -> str:
+    return quote(part, safe="/%:=&?~+!$,;'@()*[]-._")
