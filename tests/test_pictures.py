@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_checked_refuses_other_pictures(
          "family \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f"),
         ("\u3000\xa0", ""),
         ("lone \ud800 half", "lone half"),
+        ("e\u200b\u0301", "\u00e9"),
+        ("e\x07\u0323\u202e\u0302", "\u1ec7"),
     ],
 )  # fmt: skip
 def test_captions_come_clean(caption: str, expected: str) -> None:
@@ -222,12 +225,19 @@ def test_long_captions_are_cut_between_words() -> None:
     assert cleaned("three short words", 11) == "three short"
     assert cleaned("一个红色圆形", 3) == "一个红"
     assert cleaned("ab\u200dc", 3) == "ab"
+    assert cleaned("a \u200d b", 4) == "a"
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(max_size=60), st.integers(1, 50))
+MARKED = st.sampled_from(
+    "eo가ᄀ\u0301\u0323\u0327\u0302\u1161\u200b\u200d\u202e\ufe0f\u0958\u2000 \a"
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.text(st.characters() | MARKED, max_size=60), st.integers(1, 50))
 def test_cleaning_ends_and_holds(caption: str, most: int) -> None:
     once = cleaned(caption, most)
+    assert unicodedata.is_normalized("NFC", once)
     assert len(once) <= most
     assert once.strip() == once
     assert cleaned(once, most) == once
