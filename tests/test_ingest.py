@@ -30,7 +30,7 @@ from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest import fetch
 from ldm.ingest.reasons import RefusedError, as_message, read_message
-from ldm.ingest.rows import Row, ascii_url, key_of, read_list
+from ldm.ingest.rows import Row, ascii_url, check, key_of, read_list
 from ldm.ingest.stage import ingest
 from ldm.scenes import origin
 from ldm.scenes.lists import ORIGIN, scene_of
@@ -389,7 +389,8 @@ def test_list_without_one_usable_row_fails_before_any_download(tmp_path: Path) -
         (b"", "has no column 'url'.*names nothing"),
         (b"url,caption\n", "has no rows"),
         (b"url,caption\na,\xff\n", "is not UTF-8"),
-        (b'url,caption\na,"b"c\n', "is not CSV"),
+        (b'url,caption\na,"b"c\n', r"train\.csv: line 2: is not CSV \(.*\); mend that row"),
+        (b'url,caption\na,b\nc,"d\n\ne\n', r"train\.csv: lines 3 to 5: is not CSV"),
     ],
 )
 def test_unusable_list_is_named_with_the_remedy(
@@ -406,6 +407,17 @@ def test_list_may_have_a_mark_more_columns_and_short_rows(tmp_path: Path) -> Non
     (tmp_path / "list.csv").write_bytes("\ufeffn,url,caption\n1,http://a/b,words\n2\n".encode())
     rows = list(read_list(tmp_path / "list.csv", "train", 100))
     assert rows == [Row("train", 0, "http://a/b", "words"), Row("train", 1, "", "")]
+
+
+def test_a_picture_in_the_list_itself_is_a_bad_url(tmp_path: Path) -> None:
+    """Of more characters than csv takes by default."""
+    urls = ["http://a/b", "data:image/png;base64," + "A" * 2**18, "http://a/c"]
+    write_list(tmp_path / "list.csv", [(url, "words") for url in urls])
+    rows = list(read_list(tmp_path / "list.csv", "train", 100))
+    assert [row.url for row in rows] == urls
+    with pytest.raises(RefusedError) as caught:
+        check(rows[1], CONFIG)
+    assert (caught.value.reason, caught.value.detail[:8]) == ("bad url", "must be ")
 
 
 @pytest.mark.parametrize(

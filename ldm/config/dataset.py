@@ -52,7 +52,8 @@ class Ingest(Section):
         "webp",
         "gif",
     )
-    """Of a picture's file, by its bytes."""
+    """Of a picture's file, by its bytes. Of a JPEG with more pictures inside, as phones make them,
+    the first is taken."""
     max_pixels: Count = 64_000_000
     """Of a picture; larger ones are not decoded (64 megapixels are 192 MB)."""
     min_side: Count = 64

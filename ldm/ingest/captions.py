@@ -19,13 +19,13 @@ def cleaned(caption: str, most: int) -> str:
     Emoji keep their joiners and variation selectors. A longer caption is cut between words where
     there are any.
     """
-    normal = unicodedata.normalize("NFC", caption)
-    spaced = "".join(" " if one.isspace() else one for one in normal)
+    spaced = "".join(" " if one.isspace() else one for one in caption)
     visible = (
         one for one in spaced if one not in MARKS and unicodedata.category(one) not in HIDDEN
     )
-    text = " ".join("".join(visible).split())
+    # Last, as letters and accents join where something hidden was between them.
+    text = unicodedata.normalize("NFC", " ".join("".join(visible).split()))
     if len(text) <= most:
         return text
     head, space, _ = text[: most + 1].rpartition(" ")
-    return (head if space else text[:most]).rstrip(JOINERS)
+    return (head if space else text[:most]).rstrip(JOINERS + " ")

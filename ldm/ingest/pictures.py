@@ -7,33 +7,35 @@ and cannot say why one fails; so its worker asks here first.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ldm.ingest.buckets import Size
 from ldm.ingest.reasons import RefusedError
 
 ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation to what turns such a picture upright."""
 PNG_BIT_DEPTH = 24
 """Where a PNG says how many bits a channel has; Pillow does not tell for colours."""
+PNG_FRAMES = (b"acTL", b"fcTL", b"fdAT")
+"""Chunks of a moving PNG."""
 PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
-
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's decoders raise on bytes that are not a whole picture."""
+GREYS = ("1", "L", "La", "LA")
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,21 @@ class Rules:
 
 
 def plain(content: bytes, rules: Rules) -> bytes:
-    """The picture's bytes as they are, or as PNG where it is not upright, opaque, 8-bit sRGB.
+    """The picture's bytes as they are, or as PNG where it is not one upright, opaque, 8-bit sRGB.
 
-    Raises :class:`RefusedError` when it does not decode to the end or is against the rules.
+    Raises :class:`RefusedError`, and nothing else, when it does not decode to the end or is against
+    the rules.
     """
-    image = _decode(content, rules)
-    deep = image.format == "PNG" and content[PNG_BIT_DEPTH] > 8
-    turned = image.getexif().get(ORIENTATION, 1) != 1
-    clear = image.has_transparency_data
-    profile = _profile(image)
-    handy = image.mode == "RGB" and image.format in PLAIN_FORMATS
-    if handy and not (deep or turned or clear or profile):
-        return content
-    upright = ImageOps.exif_transpose(image)
-    buffer = io.BytesIO()
-    _as_rgb(upright, profile, rules.background).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    with _judged(content):
+        image = _opened(content, rules)
+        depth = content[PNG_BIT_DEPTH] if image.format == "PNG" else 8
+        turn, profile = _turn(image), _profile(image)
+        if _handy(image, content, depth) and turn is None and profile is None:
+            return content
+        upright = image if turn is None else image.transpose(turn)
+        buffer = io.BytesIO()
+        _as_rgb(upright, depth, profile, rules.background).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
 
 
 def checked(content: bytes, image_format: str, size: Size) -> Image.Image:
@@ -80,8 +81,9 @@ def checked(content: bytes, image_format: str, size: Size) -> Image.Image:
 
     Raises :class:`RefusedError` unless it is whole, RGB, of that format and size.
     """
-    image = _opened(content, None)
     expected = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format]
+    with _judged(content):
+        image = _opened(content, None)
     if (image.format, image.mode, image.size) != (expected, "RGB", size):
         width, height = image.size
         found = f"{image.format} {image.mode} {width}x{height}"
@@ -109,25 +111,33 @@ def diagnose(content: bytes) -> RefusedError:
     return RefusedError("truncated", f"ends early, after {len(content)} bytes")
 
 
-def _decode(content: bytes, rules: Rules) -> Image.Image:
-    image = _opened(content, rules)
-    frames = getattr(image, "n_frames", 1)
-    if rules.animations == "skip" and frames > 1:
-        raise RefusedError("animation", f"{frames} frames")
-    return image
+@contextmanager
+def _judged(content: bytes) -> Iterator[None]:
+    """What the bytes of a picture lead to in the block, if not a picture, is a refusal of them.
+
+    There is no list of what Pillow raises on hostile bytes: assertions and look-ups fail as well.
+    """
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise RefusedError("too many pixels") from error
+    except Exception as error:
+        raise diagnose(content) from error
 
 
 def _opened(content: bytes, rules: Rules | None) -> Image.Image:
-    """Decoded to the end; what the header says is held against the rules before."""
-    try:
-        image = Image.open(io.BytesIO(content))
-        if rules:
-            _check_header(image, rules)
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise RefusedError("too many pixels") from error
-    except _DAMAGE as error:
-        raise diagnose(content) from error
+    """Decoded to the end; what the header says is held against the rules before.
+
+    Phones put a second picture into a JPEG. Pillow would call that MPO and an animation, and refuse
+    it where the place of the second one is damaged; its reader of plain JPEGs sees the first alone.
+    """
+    stream = io.BytesIO(content)
+    image = JpegImageFile(stream) if content.startswith(b"\xff\xd8\xff") else Image.open(stream)
+    if rules:
+        _check_header(image, rules)
+    image.load()
     return image
 
 
@@ -142,6 +152,34 @@ def _check_header(image: Image.Image, rules: Rules) -> None:
         raise RefusedError("too small", size)
     if long > rules.max_aspect * short:
         raise RefusedError("too narrow", size)
+    if rules.animations == "skip" and (frames := _frames(image)) > 1:
+        raise RefusedError("animation", f"{frames} frames")
+
+
+def _frames(image: Image.Image) -> int:
+    """Pillow gives the number only to pictures of the formats that may have several."""
+    return getattr(image, "n_frames", 1)
+
+
+def _handy(image: Image.Image, content: bytes, depth: int) -> bool:
+    """Whether OpenCV sees in the bytes what Pillow does, were it not for EXIF and colour profiles.
+
+    In some moving PNGs it sees another frame, and of some with a wrong count of frames, which are
+    still ones to Pillow, it dies.
+    """
+    if image.mode != "RGB" or depth != 8 or image.has_transparency_data:
+        return False
+    if image.format == "PNG" and any(name in content for name in PNG_FRAMES):
+        return False
+    return image.format in PLAIN_FORMATS and _frames(image) == 1
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns it upright, None if it is; EXIF that cannot be read says nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow reads it now, and by what the file claims: anything may be raised.
+        return None
 
 
 def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
@@ -152,24 +190,63 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         name = ImageCms.getProfileDescription(profile)
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, TypeError, ImageCms.PyCMSError):  # A PNG may have a text of that name.
         return None
     return None if "sRGB" in name else profile
 
 
 def _as_rgb(
-    image: Image.Image, profile: ImageCms.ImageCmsProfile | None, background: str
+    image: Image.Image, depth: int, profile: ImageCms.ImageCmsProfile | None, background: str
 ) -> Image.Image:
-    """Onto the background where it is clear; of 16-bit greys the high byte; colours as sRGB's."""
-    if image.has_transparency_data:
-        clear = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), clear)
-    elif image.mode.startswith("I"):
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 2**16 - 1)
-        image = Image.fromarray((deep >> 8).astype(np.uint8))
-    elif profile is not None:
+    """Its colours as sRGB's, on the background where it is clear, and nothing beside the pixels."""
+    colours, alpha = _parted(image, depth)
+    rgb = _in_srgb(colours, profile)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, background), rgb).convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _parted(image: Image.Image, depth: int) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, of 8 bits and in no palette, and how opaque they are, if not everywhere.
+
+    ``depth``: bits a channel in the file.
+    """
+    if image.mode.startswith("I"):
+        return _parted_16_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB") if image.mode == "P" else image, None
+    value = image.info.get("transparency")  # As in the file, not as the pixels by now.
+    if image.mode == "L" and value is not None:
+        image.info["transparency"] = _in_8_bits(value, depth)
+    elif image.mode == "RGB" and value is not None:
+        image.info["transparency"] = tuple(_in_8_bits(one, depth) for one in value)
+    clear = image.convert("LA" if image.mode in GREYS else "RGBA")
+    return clear.convert(clear.mode[:-1]), clear.getchannel("A")
+
+
+def _parted_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The high bytes of 16-bit greys; clear where all 16 bits are the transparent value's."""
+    deep = np.clip(np.asarray(image), 0, 2**16 - 1)
+    grey = Image.fromarray((deep >> 8).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey, None
+    opaque = deep != image.info["transparency"]
+    return grey, Image.fromarray(opaque.astype(np.uint8) * 255)
+
+
+def _in_8_bits(value: int, depth: int) -> int:
+    return value >> 8 if depth > 8 else value * 255 // (2**depth - 1)
+
+
+def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
+    """As RGB, another object than the picture."""
+    if profile is not None:
         try:
-            return ImageCms.profileToProfile(image, profile, _srgb(), outputMode="RGB") or image
+            converted = ImageCms.profileToProfile(image, profile, _srgb(), outputMode="RGB")
+            assert converted is not None  # As it is not done in place.
+            return converted
         except ImageCms.PyCMSError:
             pass  # A profile of another kind of colour than the pixels': their plain values hold.
     return image.convert("RGB")

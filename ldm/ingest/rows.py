@@ -20,6 +20,9 @@ from ldm.ingest.ratings import RATINGS, check_ratings
 from ldm.ingest.reasons import RefusedError
 
 COLUMNS = ("url", "caption")
+LONGEST_CELL = 2**24
+"""In characters. Lists made from web pages have pictures themselves in the column of their URLs,
+as ``data:``; csv's own limit of 2**17 would refuse the list for the sake of one."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,6 +68,7 @@ def read_list(path: Path, split: str, max_caption: int) -> Iterator[Row]:
             f"{path}: no such list; run `ldm scenes` for the embedded lists or put your own there"
         )
     row = None
+    csv.field_size_limit(LONGEST_CELL)  # Of the process: rows are read whenever someone asks.
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, strict=True)
@@ -75,9 +79,15 @@ def read_list(path: Path, split: str, max_caption: int) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{path}: is not CSV ({error}); mend that line") from error
+        raise UserError(f"{path}: {_place(table)}: is not CSV ({error}); mend that row") from error
     if row is None:
         raise UserError(f"{path}: has no rows; add lines of url,caption")
+
+
+def _place(table: csv.DictReader[str]) -> str:
+    """The lines of the row that is being read; a quote may be left open for many."""
+    first, last = table.line_num + 1, table.reader.line_num
+    return f"line {last}" if first >= last else f"lines {first} to {last}"
 
 
 def _expect_columns(path: Path, columns: Sequence[str]) -> None:
