@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ldm import checkpoint, fsdp
+from ldm import fsdp
 from ldm.cache import LatentCache
 from ldm.config import Train
 from ldm.data import Batch, TrainingBatches, one_ahead
@@ -94,14 +94,14 @@ class Trainer:
         whose loss or gradient is not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
-        first = self.state.resume(self.folder, self.earlier, config.steps)
+        first, own = self.state.resume(self.folder, self.earlier, config.steps)
         log = RunLog(self.folder / LOG, first, writes=main, live=self.live)
         self._skipped_in_a_row = skipped_before(log, first)
         micro_batches = self.micro_batches(first)
         size, unit = config.batch_size, "samples"
         bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
         with bar, Saver(self.folder, config.keep_checkpoints) as saver:
-            stopping = first > 0 and self._go_on_after(first, log, saver, termination)
+            stopping = own and self._go_on_after(first, log, saver, termination)
             for step in range(first, config.steps):
                 if stopping:
                     return False
@@ -140,8 +140,6 @@ class Trainer:
 
     def _go_on_after(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
         """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
-        if not checkpoint.folders(self.folder):
-            return False  # It goes on from another run, which has concluded it.
         due = step == self.config.steps or step % self.config.validate_every == 0
         if due and not any(one["step"] == step and "val_loss" in one for one in log.kept):
             return self._conclude(step, log, saver, termination)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ldm import fsdp
-from ldm.checkpoint import Checkpoint, folders, newest, optimizer_tensors, restore_optimizer
+from ldm.checkpoint import Checkpoint, newest, optimizer_tensors, restore_optimizer
 from ldm.denoiser import Denoiser, trained
 from ldm.ema import Ema
 from ldm.errors import UserError
@@ -35,19 +35,21 @@ class TrainingState:
         state = Checkpoint(step, weights, average, optimizer, val_loss, averaged=self.ema.upto)
         return fsdp.gathered(state) if self.sharded else state
 
-    def resume(self, run: Path, earlier: Path | None, steps: int) -> int:
+    def resume(self, run: Path, earlier: Path | None, steps: int) -> tuple[int, bool]:
         """Take over the newest whole checkpoint of a run, or else of the ``earlier`` one.
 
-        Returns the number of steps done, 0 if there is none. UserError where the processes find
-        different ones, or the earlier run's does not fit or has taken ``steps`` already.
+        Returns the number of steps done, 0 if there is none, and whether this run did them.
+        UserError where the processes find different ones, or the earlier run's does not fit or
+        has taken ``steps`` already.
         """
         found = newest(run)
+        own = found is not None
         if found is None and earlier is not None:
             found = newest(earlier)
         self._expect_all_at(0 if found is None else found.step, run)
         if found is None:
-            return 0
-        if found.step >= steps > 0 and not folders(run):
+            return 0, False
+        if found.step >= steps > 0 and not own:
             raise UserError(
                 f"{earlier}: has taken {found.step} steps; raise train.steps above that"
             )
@@ -59,7 +61,7 @@ class TrainingState:
             raise UserError(
                 f"{earlier}: trained other weights than this would; leave out --resume"
             ) from error
-        return found.step
+        return found.step, own
 
     def _restore(self, found: Checkpoint) -> None:
         if self.sharded:

@@ -199,3 +199,31 @@ def test_the_optimizer_goes_on_as_if_never_stopped() -> None:
     step(module, optimizer)
     step(other, fresh)
     assert torch.equal(module.weight, other.weight)
+
+
+def test_damaged_later_ones_do_not_cost_the_new_one(tmp_path: Path) -> None:
+    for step in (200, 300, 400):
+        save(tmp_path, at(step), keep=3)
+    for step in (300, 400):
+        (tmp_path / f"step-{step:08d}" / "weights.safetensors").write_bytes(b"")
+    save(tmp_path, at(250), keep=1)
+    found = newest(tmp_path)
+    assert found is not None and found.step == 250
+
+
+def test_an_old_one_that_cannot_be_removed_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, at(10), keep=1)
+    removed = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path.name == "step-00000010":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        removed(path, **options)
+
+    monkeypatch.setattr(ldm.checkpoint.shutil, "rmtree", busy)
+    save(tmp_path, at(20), keep=1)
+    assert "step-00000010: an old checkpoint that cannot be removed" in capsys.readouterr().out
+    found = newest(tmp_path)
+    assert found is not None and found.step == 20

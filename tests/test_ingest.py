@@ -30,7 +30,8 @@ from ldm.config import Ingest
 from ldm.errors import UserError
 from ldm.ingest import fetch
 from ldm.ingest.reasons import RefusedError, as_message, read_message
-from ldm.ingest.rows import Row, ascii_url, check, key_of, read_list
+from ldm.ingest.report import write_skipped
+from ldm.ingest.rows import Row, Skip, ascii_url, check, key_of, read_list
 from ldm.ingest.stage import ingest
 from ldm.scenes import origin
 from ldm.scenes.lists import ORIGIN, scene_of
@@ -418,6 +419,10 @@ def test_a_picture_in_the_list_itself_is_a_bad_url(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         check(rows[1], CONFIG)
     assert (caught.value.reason, caught.value.detail[:8]) == ("bad url", "must be ")
+    write_skipped(tmp_path / "skipped.csv", [Skip(rows[1], "bad url")])
+    with (tmp_path / "skipped.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["url"] == urls[1][:8000]
 
 
 @pytest.mark.parametrize(

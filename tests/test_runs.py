@@ -126,3 +126,14 @@ def test_an_unfinished_run_of_other_settings_is_mentioned(
     said = capsys.readouterr().out
     assert f"--resume {earlier} --changed" in said
     assert "train.learning_rate 0.0004 -> 0.001" in said
+
+
+def test_a_finished_run_with_fewer_steps_is_mentioned(
+    pipeline: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(pipeline, latents, tmp_path, steps=6)
+    earlier = run(pipeline, latents, tmp_path, steps=3)
+    assert "--resume" not in capsys.readouterr().out
+    run(pipeline, latents, tmp_path, steps=7)
+    said = capsys.readouterr().out
+    assert f"(train.steps 3 -> 7); `ldm train --resume {earlier} --changed` goes on" in said

@@ -13,6 +13,8 @@ from ldm.ingest.listed import Listed
 from ldm.ingest.reasons import DEFAULT_REMEDY, REMEDIES
 from ldm.ingest.rows import Skip
 
+LONGEST_URL = 8000
+"""Characters of one that is written; readers of CSV have a limit for a cell."""
 Reasons = Mapping[str, Counter[str]]
 """By list how many of its rows are left out for which reason; the kept ones have an empty one."""
 
@@ -53,9 +55,12 @@ def report(reasons: Reasons) -> dict[str, Any]:
 
 
 def write_skipped(path: Path, skipped: Iterable[Skip]) -> None:
-    """The rows left out as CSV: split, row, url, reason, detail."""
+    """The rows left out as CSV: split, row, url, reason, detail.
+
+    Of a URL that is a picture itself (``data:``) the head.
+    """
     lines = (
-        (skip.row.split, skip.row.number, skip.row.url, skip.reason, skip.detail)
+        (skip.row.split, skip.row.number, skip.row.url[:LONGEST_URL], skip.reason, skip.detail)
         for skip in skipped
     )
     _write(path, ("split", "row", "url", "reason", "detail"), lines)

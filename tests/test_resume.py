@@ -1,0 +1,219 @@
+"""Going on after a stop at an odd moment, and when a full disk or a damaged file was why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import ldm.train
+import ldm.trainer
+from ldm.artifacts import digest_tree
+from ldm.errors import UserError
+from ldm.objective import Objective
+from ldm.run_log import LOG, RunLog, entries
+from ldm.training_state import TrainingState
+from tests.disk import room_for
+from tests.test_train import read_log, run_here, weights
+
+EVERY = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3, "sample_every": 3}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Digests of the model of a training that nothing stopped."""
+    return digest_tree(run_here(pipeline, latents, tmp_path_factory.mktemp("whole"), **EVERY))
+
+
+def run_of(folder: Path) -> Path:
+    (log,) = folder.glob(f"runs/*/{LOG}")
+    return log.parent
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in run_of(folder).glob("step-*"))
+
+
+@pytest.mark.parametrize("at", [6, 12])
+def test_a_stop_within_validation_leaves_it_to_the_next_start(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[str, str],
+    at: int,
+) -> None:
+    whole, calls = ldm.trainer.validation_loss, []
+
+    def stopped(*arguments: Any, **options: Any) -> dict[str, Any] | None:
+        calls.append(1)
+        if len(calls) == at // EVERY["validate_every"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(ldm.trainer, "validation_loss", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path, **EVERY)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path)[-1] == f"step-{at:08d}"
+    last = entries(run_of(tmp_path) / LOG)[-1]
+    assert last["step"] == at
+    assert "val_loss" not in last
+    assert digest_tree(run_here(pipeline, latents, tmp_path, **EVERY)) == undisturbed
+    sheets = sorted(path.name for path in run_of(tmp_path).glob("*.png"))
+    assert sheets == [f"samples-{step:08d}.png" for step in (3, 6, 9, 12)]
+
+
+def test_a_stop_seen_in_a_step_waits_for_no_validation_and_no_sheet(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[str, str],
+) -> None:
+    whole, steps = Objective.loss, []
+
+    def loss(self: Objective, *arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            steps.append(1)
+            if len(steps) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", loss)
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path, **EVERY)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path)[-1] == "step-00000006"
+    assert not (run_of(tmp_path) / "samples-00000006.png").exists()
+    assert digest_tree(run_here(pipeline, latents, tmp_path, **EVERY)) == undisturbed
+    assert (run_of(tmp_path) / "samples-00000006.png").exists()
+
+
+def test_every_validated_step_can_be_the_best(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    run_here(pipeline, latents, tmp_path, **EVERY, keep_checkpoints=9)
+    found = [int(name.removeprefix("step-")) for name in checkpoints(tmp_path)]
+    assert found == [3, 5, 6, 9, 10, 12]
+
+
+# --- the log
+
+
+def stopped_after(folder: Path, step: int) -> None:
+    """As if killed then: no later checkpoint, and the log is longer."""
+    for path in run_of(folder).glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "model")
+
+
+def test_a_line_that_was_cut_short_is_written_again(
+    pipeline: Path, latents: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    run_here(pipeline, latents, tmp_path, **EVERY, keep_checkpoints=9)
+    stopped_after(tmp_path, 6)
+    log = run_of(tmp_path) / LOG
+    log.write_bytes(log.read_bytes()[:-20])
+    model = run_here(pipeline, latents, tmp_path, **EVERY, keep_checkpoints=9)
+    assert digest_tree(model) == undisturbed
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOG).write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl: line 2 is damaged .*; remove that line"):
+        RunLog(tmp_path / LOG, 3, writes=True)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_with_room(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / LOG, 0, writes=True)
+    for step in range(1, 21):
+        log.write({"step": step, "loss": 0.123456})
+    size = (tmp_path / LOG).stat().st_size
+    with room_for(size + 10), pytest.raises(UserError, match=r"log\.jsonl: cannot be written"):
+        log.write({"step": 21, "loss": 0.123456})
+    assert not (tmp_path / LOG).read_text().endswith("\n")
+    kept = RunLog(tmp_path / LOG, 30, writes=True).kept
+    assert [entry["step"] for entry in kept] == list(range(1, 21))
+
+
+# --- figures that are not finite
+
+
+def test_a_scaler_that_never_finds_a_scale_stops_the_training(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loss is finite and the gradient is not, whatever the scale."""
+    scaled(monkeypatch, finite_up_to=0.0)
+    with pytest.raises(UserError, match=r"step 7: no finite loss or gradient for 4 steps in a row"):
+        run_here(pipeline, latents, tmp_path, max_skipped=3)
+
+
+def test_a_scaler_may_search_for_its_scale(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, finite_up_to=2.0)
+    model = run_here(pipeline, latents, tmp_path, max_skipped=1)
+    assert not any("skipped" in line for line in read_log(model))
+    start = weights(pipeline)
+    assert not all(torch.equal(one, start[name]) for name, one in weights(model).items())
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:
+    """Have gradients scaled, first by 8, as in float16 on a GPU; greater scales overflow."""
+    made, whole = ldm.train.accelerator_for, Objective.loss
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def accelerator_for(*arguments: Any) -> Any:
+        accelerator = made(*arguments)
+        accelerator.scaler, accelerator.native_amp = scaler, True
+        monkeypatch.setattr(type(accelerator), "autocast", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(type(accelerator.state), "mixed_precision", "fp16")
+        return accelerator
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        each: torch.Tensor = whole(*arguments)
+        if each.requires_grad and scaler.get_scale() > finite_up_to:
+            each.register_hook(lambda gradient: gradient * torch.inf)
+        return each
+
+    monkeypatch.setattr(ldm.train, "accelerator_for", accelerator_for)
+    monkeypatch.setattr(Objective, "loss", loss)
+
+
+def test_steps_skipped_before_a_stop_count(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Objective.loss
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        each: torch.Tensor = whole(*arguments)
+        return each * torch.nan if torch.is_grad_enabled() else each
+
+    monkeypatch.setattr(Objective, "loss", loss)
+    settings = {**EVERY, "max_skipped": 7, "validate_every": 100, "checkpoint_every": 4}
+    with pytest.raises(UserError, match="step 8: no finite loss or gradient for 8 steps in a row"):
+        run_here(pipeline, latents, tmp_path, **settings)
+    assert checkpoints(tmp_path) == ["step-00000004"]
+    with pytest.raises(UserError, match="step 8: no finite loss or gradient for 8 steps in a row"):
+        run_here(pipeline, latents, tmp_path, **settings)
+
+
+# --- several processes
+
+
+def test_processes_that_find_different_checkpoints_do_not_begin(tmp_path: Path) -> None:
+    others = SimpleNamespace(device="cpu", gather=lambda own: torch.cat((own, own + 20)))
+    state = TrainingState(others, *(None,) * 3, sharded=False)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"checkpoints of different steps there \(0, 20\); let all"):
+        state.resume(tmp_path, None, 100)
