@@ -22,7 +22,7 @@ from ldm.artifacts import opening
 from ldm.config import Train
 from ldm.errors import UserError
 from tests.launched import launch, wait_for
-from tests.test_kills import has_done, kill_group, terminate
+from tests.test_kills import has_done, kill_all, terminate
 from tests.test_train import run_here
 
 SPREAD = {"accelerate": "infra/accelerate/cpu-fsdp.yaml"}
@@ -105,7 +105,7 @@ def test_so_does_diffusers_network_with_a_text_encoder(
 def test_stopped_and_killed_it_ends_in_the_same_bytes(
     pipeline: Path, latents: Path, tmp_path: Path, spread: Path
 ) -> None:
-    for steps, way, code in ((3, terminate, 143), (10, kill_group, -signal.SIGKILL)):
+    for steps, way, code in ((3, terminate, 143), (10, kill_all, -signal.SIGKILL)):
         process = launch(pipeline, latents, tmp_path, **SETTINGS, **SPREAD)
         wait_for(partial(has_done, tmp_path, steps), process)
         way(process)

@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import ldm.launch
+import ldm.train
 from ldm import __version__, registered, tracking
 from ldm.artifacts import opening, writing
-from ldm.config import Evaluate, EvaluationSampling, Gate, Registry
+from ldm.config import Evaluate, EvaluationSampling, Gate, Params, Registry
 from ldm.errors import UserError
 from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
 from ldm.registry import promote, register, rollback
-from tests.launched import wait_for
+from tests.launched import SHORT, wait_for
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SAMPLING = EvaluationSampling(sampler="ddim", steps=2, guidance=2.0)
 LOG = [
     {"step": 2, "loss": 0.9, "lr": 1e-3},
@@ -215,6 +220,27 @@ def test_mlflow_itself_looks_where_the_default_is(store: Path) -> None:
     mlflow.set_tracking_uri(None)
     os.environ.pop(tracking.TRACKING_URI, None)
     assert mlflow.get_tracking_uri() == f"sqlite:///{store / 'mlflow.db'}"
+
+
+def test_a_training_starts_from_the_version_behind_an_alias(
+    pipeline: Path, store: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As launched, but in this process."""
+    shutil.copytree(pipeline, tmp_path / "other")
+    path = tmp_path / "other" / WEIGHTS
+    changed = load_file(path)
+    changed["conv_in.bias"] += 1
+    save_file(changed, path, {"format": "pt"})
+    number = version(Registry(model="start"), tmp_path, tmp_path / "other", "a")
+    settings = {**SHORT, "mixed_precision": "no", "steps": 1, "learning_rate": 1e-12}
+    settings |= {"init": "models:/start@challenger"}
+    params = Params.model_validate({"train": settings, "pretrained": {"pipeline": str(pipeline)}})
+    monkeypatch.setattr(ldm.launch, "_launch", lambda _, __, request: ldm.train._asked(request))
+    ldm.launch.launch_training(params, latents, tmp_path / "model", tmp_path / "runs")
+    made = opening(tmp_path / "model", "model", "train")
+    assert made.config["init"] == f"models:/start/{number}"
+    for name, tensor in load_file(tmp_path / "model" / WEIGHTS).items():
+        torch.testing.assert_close(tensor, changed[name], rtol=0, atol=1e-9)
 
 
 def test_a_model_is_fetched_once_from_elsewhere(
