@@ -67,7 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
     "mixed_precision": ({}, "bf16", LEARNT),
     "seed": ({}, 1, LEARNT),
     "log_every": ({}, 1, {"losses", "lines"}),
-    "validate_every": ({}, 2, {"validated", "lines"}),
+    "validate_every": ({}, 2, {"validated", "lines", "checkpoints"}),
     "checkpoint_every": ({}, 1, {"checkpoints"}),
     "sample_every": (DRAWN, 2, {"sheets"}),
     "sample_prompts": (DRAWN, ["two blue stars"], {"sheets"}),
