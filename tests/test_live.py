@@ -16,7 +16,7 @@ from ldm.config import FirstStage, Pretrained, Registry, Train
 from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
 from ldm.live import metrics_of, note_dead
-from ldm.tracking import may_exist
+from ldm.tracking import connect, may_exist
 from ldm.train import train
 from tests import test_first_stage_runs as parts
 from tests.launched import SHORT, launch, wait_for
@@ -29,7 +29,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        connect(uri)
         yield uri
+
+
+LONG = {"track": True, "steps": 60, "validate_every": 60}
+"""Long enough to be seen in MLflow and stopped."""
 
 
 def shown(uri: str, folder: Path) -> list[Run]:
@@ -76,13 +81,18 @@ def test_figures_sheets_and_the_end(
 
 
 @pytest.mark.parametrize(
-    ("way", "code"), [(kill_trainer, 137), pytest.param(terminate, 143, marks=pytest.mark.kills)]
+    ("way", "code", "workers"),
+    [
+        (kill_trainer, 137, 0),
+        (kill_trainer, 137, 2),
+        pytest.param(terminate, 143, 0, marks=pytest.mark.kills),
+    ],
 )
 def test_a_stopped_run_is_seen_as_such_and_goes_on(
-    pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int
+    pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int, workers: int
 ) -> None:
-    # Long enough for MLflow to make its store meanwhile.
-    settings = {"track": True, "experiment": tmp_path.name, "steps": 200}
+    """Workers of a trainer that was killed live on for seconds."""
+    settings = {**LONG, "experiment": tmp_path.name, "workers": workers}
     process = launch(pipeline, latents, tmp_path, **settings)
     wait_for(partial(has_done, tmp_path, 4), process)
     wait_for(lambda: shown(store, tmp_path), process)
