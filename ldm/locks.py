@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import IO
 
 from ldm.errors import UserError
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Random, anew at each start of a Linux kernel."""
 _holding: set[IO[str]] = set()
 """Open files, by which this process holds locks."""
 
@@ -67,3 +70,11 @@ def is_held(path: Path) -> bool:
         return False
     with path.open("a") as file:
         return not _taken(file, fcntl.LOCK_EX)
+
+
+def kernel() -> str:
+    """What names the running kernel, of which all containers on a machine are part (Linux).
+
+    Its processes see each other's locks; those of another machine may not, on a shared disk.
+    """
+    return BOOT.read_text().strip() if BOOT.is_file() else platform.node()
