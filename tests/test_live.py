@@ -19,13 +19,16 @@ from mlflow.entities import Run
 import ldm.live
 from ldm.artifacts import opening
 from ldm.config import FirstStage, Pretrained, Registry, Train
+from ldm.errors import UserError
 from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
 from ldm.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
 from ldm.locks import held
+from ldm.registry import promote, register, standing
 from ldm.tracking import connect, may_exist
 from ldm.train import train
 from tests import test_first_stage_runs as parts
+from tests import test_registry as registering
 from tests.launched import SHORT, launch, wait_for
 from tests.test_kills import has_done, kill_group, kill_trainer, terminate
 
@@ -164,6 +167,29 @@ def dead(killed: Dead) -> Dead:
     client.update_run(killed.run.info.run_id, status="RUNNING")
     killed.tag(ALIVE, int(time.time()))
     return killed
+
+
+def look_on_registering(dead: Dead, pipeline: Path, folder: Path) -> None:
+    model = registering.model_of(folder, pipeline)
+    register(dead.registry, model, registering.evaluation_of(folder, model))
+
+
+def look_on_promoting(dead: Dead, pipeline: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="nobody: has no challenger"):
+        promote(dead.registry.model_copy(update={"model": "nobody"}))
+
+
+def look_on_reporting(dead: Dead, pipeline: Path, folder: Path) -> None:
+    assert standing(dead.registry, "of no model") is None
+
+
+@pytest.mark.parametrize("look", [look_on_registering, look_on_promoting, look_on_reporting])
+def test_whoever_looks_notes_a_run_that_was_killed_with_its_launcher(
+    dead: Dead, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)  # MLflow's files go there.
+    look(dead, pipeline, tmp_path)
+    assert dead.status == "KILLED"
 
 
 def test_a_container_that_is_made_anew_sees_the_dead_run_of_the_one_before(
