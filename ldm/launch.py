@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
-from ldm.config import Params, Registry
+from ldm.config import Params
 from ldm.errors import UserError
-from ldm.progress import say
 from ldm.request import leave
 from ldm.termination import taken_over
 
@@ -51,7 +50,10 @@ def launch_training(
         _launch("train", params.train.accelerate, request)
     except SystemExit:
         if params.train.track:
-            _note_dead(params.registry)
+            # A trainer that was killed could not say so itself.
+            from ldm.live import note_dead
+
+            note_dead(params.registry)
         raise
 
 
@@ -109,16 +111,6 @@ def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
         print(f"ldm {stage}: {killed}", file=sys.stderr)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
-
-
-def _note_dead(registry: Registry) -> None:
-    """A trainer that was killed could not say so itself."""
-    from ldm.live import note_dead
-
-    try:
-        note_dead(registry)
-    except UserError as error:
-        say(f"train: {error}")
 
 
 def _launched(*arguments: str) -> int:

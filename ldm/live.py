@@ -1,30 +1,40 @@
 """A training in MLflow as it goes: figures, system metrics, sheets of samples, and its end.
 
 Everything is written beside the training, which never waits for it and does not stop because of it.
-A run that was killed cannot say so itself: whoever looks next finds its lock free and notes it.
+A run that was killed cannot say so itself: whoever looks next finds its lock free, or that it has
+been silent for long, and notes it.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from ldm import tracking
+from ldm.artifacts import write_whole
 from ldm.config import Registry
 from ldm.config.section import flat
-from ldm.locks import is_held
+from ldm.locks import is_held, kernel
 from ldm.progress import say
 
 LOCK = "lock"
 """In a run's folder: held as long as the training lives."""
-FOLDER, HOST = "run_folder", "host"
-"""Tags of a run."""
+TOKEN = "token"
+"""In a run's folder: what no other has. It tells the run, wherever the folder is mounted."""
+FOLDER, RUN_TOKEN, KERNEL, HOST = "run_folder", "run_token", "kernel", "host"
+"""Tags of a run; the host's name is for people."""
+ALIVE = "alive_at"
+"""Tag of a run: when it last said that it lives, in seconds since 1970."""
+BEAT_S, SILENT_S = 60, 1800
+"""How often a run says so, and after how long without it is taken for dead."""
 NAMES = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
 """Metrics by their key in ``log.jsonl``."""
 Task = Callable[[tracking.Run], None]
@@ -56,7 +66,7 @@ class Live:
     def __init__(
         self, registry: Registry, run: Path, settings: Mapping[str, Any], stage: str = "train"
     ) -> None:
-        self._registry, self._run, self._settings = registry, run.absolute(), settings
+        self._registry, self._run, self._settings = registry, run.resolve(), settings
         self._stage = stage
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = Thread(target=self._work, daemon=True)
@@ -112,22 +122,76 @@ class Live:
         try:
             client = tracking.connect(tracking.tracking_uri(self._registry.tracking_uri))
             note_dead(self._registry)
-            tags = {FOLDER: str(self._run), HOST: platform.node()}
-            run = tracking.continue_run(client, self._registry.experiment, self._run.name, tags)
+            tags = self._tags()
+            run = tracking.continue_run(
+                client, self._registry.experiment, self._run.name, tags, RUN_TOKEN
+            )
             with tracking.system_metrics(run):
                 run.log(dict(flat(self._settings)), {})
-                while task := self._tasks.get():
+                for task in self._queued(run):
                     task(run)
             client.set_terminated(run.identity, self.status)
         except tracking.failures() as error:
             say(f"{self._stage}: not shown in MLflow from here on ({tracking.first_line(error)})")
 
+    def _queued(self, run: tracking.Run) -> Iterator[Task]:
+        """What is queued, until the end; meanwhile the run says now and then that it lives.
+
+        One that was taken for dead, on a machine that slept, is running again.
+        """
+        beat = time.monotonic()
+        while True:
+            with suppress(Empty):
+                task = self._tasks.get(timeout=BEAT_S)
+                if task is None:
+                    return
+                yield task
+            if time.monotonic() - beat >= BEAT_S:
+                run.lives(self._tags())
+                beat = time.monotonic()
+
+    def _tags(self) -> dict[str, str]:
+        """What tells the run, and whether it lives."""
+        tags = {FOLDER: str(self._run), RUN_TOKEN: _token(self._run), KERNEL: kernel()}
+        return tags | {HOST: platform.node(), ALIVE: str(int(time.time()))}
+
+
+def _token(run: Path) -> str:
+    """The token in a run's folder, made if there is none."""
+    file = run / TOKEN
+    if not file.is_file():
+        write_whole(file, uuid4().hex.encode())
+    return file.read_text()
+
 
 def note_dead(registry: Registry) -> None:
-    """Mark runs of this machine as killed that MLflow takes for running and nobody trains."""
-    client = tracking.connect(tracking.tracking_uri(registry.tracking_uri))
-    wanted = f"attributes.status = 'RUNNING' and tags.{HOST} = '{platform.node()}'"
-    for run in tracking.runs_of(client, registry.experiment, wanted):
-        folder = run.data.tags.get(FOLDER)
-        if folder and not is_held(Path(folder) / LOCK):
-            client.set_terminated(run.info.run_id, "KILLED")
+    """Mark an experiment's runs as killed that MLflow takes for running and nobody trains.
+
+    What cannot be noted, as when MLflow does not answer, is said and stops nothing.
+    """
+    try:
+        client = tracking.connect(tracking.tracking_uri(registry.tracking_uri))
+        for run in tracking.runs_of(client, registry.experiment, "attributes.status = 'RUNNING'"):
+            if RUN_TOKEN in run.data.tags and _is_dead(run.data.tags):
+                client.set_terminated(run.info.run_id, "KILLED")
+    except tracking.failures() as error:
+        say(f"MLflow: runs that died are not marked as such ({tracking.first_line(error)})")
+
+
+def _is_dead(tags: Mapping[str, str]) -> bool:
+    """Whether the run with these tags is no longer trained.
+
+    Where its folder is seen, that of its token, a run whose lock is held lives, and one of this
+    kernel whose lock is free is dead. The lock of another machine may not be seen, nor the folder:
+    such a run is dead when it is silent for long. This takes clocks to agree within minutes, and
+    MLflow to be reached from there: a training that lost it is not shown any more anyway.
+    """
+    folder = Path(tags[FOLDER])
+    try:
+        seen = (folder / TOKEN).read_text() == tags[RUN_TOKEN]
+        held = seen and is_held(folder / LOCK)
+    except OSError:  # Not there, or not for us.
+        seen = held = False
+    if held:
+        return False
+    return (seen and tags[KERNEL] == kernel()) or time.time() - int(tags[ALIVE]) > SILENT_S

@@ -20,7 +20,7 @@ from ldm.config.section import flat
 from ldm.errors import UserError
 from ldm.gate import START, Decision, Row, judge, verdict
 from ldm.latents import SAMPLE_MEMBERS
-from ldm.live import metrics_of
+from ldm.live import metrics_of, note_dead
 from ldm.progress import say
 from ldm.registered import SAMPLES, USES
 from ldm.run_log import LOG
@@ -66,7 +66,7 @@ def register(
         raise UserError(f"{evaluation}: judges another model than {model}; run `ldm evaluate`")
     metrics = dict(flat(json.loads((evaluation / "metrics.json").read_text())))
     tags = _lineage(trained, judged, images, latents)
-    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    client = _connected(config)
     same = {tracking.MODEL_DIGEST: trained.digest, EVAL_DIGEST: judged.digest}
     if known := tracking.find_version(client, config.model, same):
         done = Registered(config.model, str(known.version), known.run_id, new=False)
@@ -76,6 +76,13 @@ def register(
     what = _adherence(metrics) if done.new else "registered before"
     say(f"register: {what} -> {config.model} version {done.version}, {CHALLENGER}")
     return done
+
+
+def _connected(config: Registry) -> MlflowClient:
+    """A client; trainings that died are seen as such by whoever looks on."""
+    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    note_dead(config)
+    return client
 
 
 def _new_version(
@@ -164,7 +171,7 @@ def promote(config: Registry, version: str | None = None) -> Decision:
     The decision stays with the version: tags ``gate``, ``gate_against`` and ``gate_reason``, and
     ``gate.json`` in its run. A version that was rolled back returns only when it is named.
     """
-    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    client = _connected(config)
     named = tracking.aliases(client, config.model)
     chosen, champion = version or named.get(CHALLENGER), named.get(CHAMPION)
     if chosen is None:
@@ -225,7 +232,7 @@ class Standing:
 
 def standing(config: Registry, model_digest: str) -> Standing | None:
     """How the registry has the model with that manifest digest; none if it is not registered."""
-    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    client = _connected(config)
     known = tracking.find_version(client, config.model, {tracking.MODEL_DIGEST: model_digest})
     if known is None:
         return None
@@ -255,7 +262,7 @@ def rollback(config: Registry) -> str:
     The version that leaves is marked, so that the next unattended :func:`promote` leaves it out.
     Raises :class:`UserError` when no champion was replaced.
     """
-    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    client = _connected(config)
     named = tracking.aliases(client, config.model)
     champion, former = named.get(CHAMPION), named.get(PREVIOUS)
     if champion is None or former is None:

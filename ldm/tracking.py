@@ -172,6 +172,13 @@ class Run:
         for start in range(0, len(settings), PARAMETERS_A_CALL):
             self.client.log_batch(self.identity, params=settings[start : start + PARAMETERS_A_CALL])
 
+    def lives(self, tags: Mapping[str, str]) -> None:
+        """Write tags; the run is running, whatever it was."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.identity, tags=[RunTag(*tag) for tag in tags.items()])
+        self.client.update_run(self.identity, status="RUNNING")
+
     def name_version(self, name: str, source: str, tags: Mapping[str, str], about: str) -> str:
         """Make a model that was logged in this run a version of the registered model."""
         if not self.client.search_registered_models(f"name = '{name}'"):
@@ -209,16 +216,18 @@ def experiment_id(client: MlflowClient, experiment: str) -> str:
 
 def runs_of(client: MlflowClient, experiment: str, wanted: str) -> list[MlflowRun]:
     """An experiment's runs that a filter lets through, in MLflow's language; the newest first."""
-    found = client.search_runs([experiment_id(client, experiment)], wanted)
-    return list(found)
+    known = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([known.experiment_id], wanted)) if known else []
 
 
-def continue_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
-    """The newest run with all of these tags, or a new one; running from now on."""
-    wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
-    for known in runs_of(client, experiment, wanted):
-        client.update_run(known.info.run_id, status="RUNNING")
-        return Run(client, known.info.run_id)
+def continue_run(
+    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], same: str
+) -> Run:
+    """The newest run whose tag ``same`` is that of ``tags``, or a new one; running, with all."""
+    for known in runs_of(client, experiment, f"tags.{same} = '{tags[same]}'"):
+        run = Run(client, known.info.run_id)
+        run.lives(tags)
+        return run
     made = client.create_run(experiment_id(client, experiment), tags=dict(tags), run_name=name)
     return Run(client, made.info.run_id)
 

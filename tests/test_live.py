@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 from mlflow.entities import Run
 
+import ldm.live
 from ldm.artifacts import opening
 from ldm.config import FirstStage, Pretrained, Registry, Train
+from ldm.errors import UserError
 from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
-from ldm.live import metrics_of, note_dead
-from ldm.tracking import may_exist
+from ldm.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
+from ldm.locks import held
+from ldm.registry import promote, register, standing
+from ldm.tracking import connect, may_exist
 from ldm.train import train
 from tests import test_first_stage_runs as parts
+from tests import test_registry as registering
 from tests.launched import SHORT, launch, wait_for
-from tests.test_kills import has_done, kill_trainer, terminate
+from tests.test_kills import has_done, kill_group, kill_trainer, terminate
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        connect(uri)
         yield uri
+
+
+LONG = {"track": True, "steps": 60, "validate_every": 60}
+"""Long enough to be seen in MLflow and stopped."""
 
 
 def shown(uri: str, folder: Path) -> list[Run]:
@@ -76,13 +91,18 @@ def test_figures_sheets_and_the_end(
 
 
 @pytest.mark.parametrize(
-    ("way", "code"), [(kill_trainer, 137), pytest.param(terminate, 143, marks=pytest.mark.kills)]
+    ("way", "code", "workers"),
+    [
+        (kill_trainer, 137, 0),
+        (kill_trainer, 137, 2),
+        pytest.param(terminate, 143, 0, marks=pytest.mark.kills),
+    ],
 )
 def test_a_stopped_run_is_seen_as_such_and_goes_on(
-    pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int
+    pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int, workers: int
 ) -> None:
-    # Long enough for MLflow to make its store meanwhile.
-    settings = {"track": True, "experiment": tmp_path.name, "steps": 200}
+    """Workers of a trainer that was killed live on for seconds."""
+    settings = {**LONG, "experiment": tmp_path.name, "workers": workers}
     process = launch(pipeline, latents, tmp_path, **settings)
     wait_for(partial(has_done, tmp_path, 4), process)
     wait_for(lambda: shown(store, tmp_path), process)
@@ -93,6 +113,163 @@ def test_a_stopped_run_is_seen_as_such_and_goes_on(
     assert launch(pipeline, latents, tmp_path, **settings).wait() == 0
     (finished,) = shown(store, tmp_path)
     assert finished.info.run_id == stopped.info.run_id and finished.info.status == "FINISHED"
+
+
+@dataclass(frozen=True)
+class Dead:
+    """A training that was killed with its launcher; MLflow takes it for running."""
+
+    registry: Registry
+    folder: Path
+
+    @property
+    def run(self) -> Run:
+        runs = shown(self.registry.tracking_uri, self.folder)
+        (one,) = (run for run in runs if RUN_TOKEN in run.data.tags)
+        return one
+
+    @property
+    def status(self) -> str:
+        return str(self.run.info.status)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of its run."""
+        (one,) = self.folder.glob("runs/*")
+        return one
+
+    def tag(self, name: str, value: object) -> None:
+        client = mlflow.MlflowClient(self.registry.tracking_uri)
+        client.set_tag(self.run.info.run_id, name, str(value))
+
+
+@pytest.fixture(scope="module")
+def killed(
+    pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory, store: str
+) -> Dead:
+    folder = tmp_path_factory.mktemp("killed")
+    settings = {**LONG, "experiment": folder.name, "workers": 2}
+    process = launch(pipeline, latents, folder, **settings)
+    wait_for(partial(has_done, folder, 4), process)
+    wait_for(lambda: shown(store, folder), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    kill_group(process)
+    assert process.wait() == -9
+    _, alive = psutil.wait_procs(family, timeout=60)  # What is killed still has to die.
+    assert len(family) >= 3 and not alive
+    return Dead(Registry(tracking_uri=store, experiment=folder.name, model=folder.name), folder)
+
+
+@pytest.fixture
+def dead(killed: Dead) -> Dead:
+    """Nobody has looked yet."""
+    client = mlflow.MlflowClient(killed.registry.tracking_uri)
+    client.update_run(killed.run.info.run_id, status="RUNNING")
+    killed.tag(ALIVE, int(time.time()))
+    return killed
+
+
+def look_on_registering(dead: Dead, pipeline: Path, folder: Path) -> None:
+    model = registering.model_of(folder, pipeline)
+    register(dead.registry, model, registering.evaluation_of(folder, model))
+
+
+def look_on_promoting(dead: Dead, pipeline: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="nobody: has no challenger"):
+        promote(dead.registry.model_copy(update={"model": "nobody"}))
+
+
+def look_on_reporting(dead: Dead, pipeline: Path, folder: Path) -> None:
+    assert standing(dead.registry, "of no model") is None
+
+
+@pytest.mark.parametrize("look", [look_on_registering, look_on_promoting, look_on_reporting])
+def test_whoever_looks_notes_a_run_that_was_killed_with_its_launcher(
+    dead: Dead, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)  # MLflow's files go there.
+    look(dead, pipeline, tmp_path)
+    assert dead.status == "KILLED"
+
+
+def test_a_container_that_is_made_anew_sees_the_dead_run_of_the_one_before(
+    dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "0123456789ab")
+    note_dead(dead.registry)
+    assert dead.status == "KILLED"
+
+
+def test_on_another_machine_only_a_run_that_is_long_silent_is_dead(
+    dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may be shared, and locks be seen or not."""
+    monkeypatch.setattr(ldm.live, "kernel", lambda: "another")
+    note_dead(dead.registry)
+    assert dead.status == "RUNNING"
+    dead.tag(ALIVE, int(time.time()) - SILENT_S - 1)
+    with held(dead.runs / LOCK, "nobody holds it"):
+        note_dead(dead.registry)
+        assert dead.status == "RUNNING"
+    note_dead(dead.registry)
+    assert dead.status == "KILLED"
+
+
+def test_a_run_of_which_only_the_path_is_here_is_not_judged_by_its_lock(
+    dead: Dead, tmp_path: Path
+) -> None:
+    """Settings name a folder, so that another disk may have one of that name."""
+    token = (dead.runs / TOKEN).read_text()
+    try:
+        (dead.runs / TOKEN).write_text("of another run")
+        note_dead(dead.registry)
+        assert dead.status == "RUNNING"
+    finally:
+        (dead.runs / TOKEN).write_text(token)
+    note_dead(dead.registry)
+    assert dead.status == "KILLED"
+
+
+def test_a_run_that_goes_on_elsewhere_is_the_same_in_mlflow(
+    dead: Dead, pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another container, which has the same disk in another place."""
+    monkeypatch.setattr(platform, "node", lambda: "0123456789ab")
+    before = dead.run.info.run_id
+    shutil.copytree(dead.folder / "runs", tmp_path / "runs")
+    settings = {**LONG, "checkpoint_every": 10, "track": False}
+    run_here(pipeline, latents, tmp_path, dead.registry, **settings)
+    assert dead.run.info.run_id == before and dead.status == "FINISHED"
+    assert dead.run.data.tags["run_folder"] == str(tmp_path / "runs" / dead.runs.name)
+
+
+def test_a_run_that_was_taken_for_dead_and_lives_says_so(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ldm.live, "BEAT_S", 0.1)
+    registry = Registry(tracking_uri=store, experiment=tmp_path.name)
+    with Live(registry, tmp_path, {"batch_size": 8}):
+        live = Dead(registry, tmp_path)
+        eventually(lambda: shown(store, tmp_path) and live.status == "RUNNING")
+        live.tag(ALIVE, 0)
+        mlflow.MlflowClient(store).set_terminated(live.run.info.run_id, "KILLED")
+        eventually(lambda: live.status == "RUNNING" and live.run.data.tags[ALIVE] != "0")
+
+
+def eventually(found: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_dead_run_that_cannot_be_noted_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    note_dead(Registry(tracking_uri="http://127.0.0.1:9"))
+    assert "runs that died are not marked as such" in capsys.readouterr().out
 
 
 @pytest.mark.slow
