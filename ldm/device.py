@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from ldm.config import Sampling
 
 SamplingKind = TypeVar("SamplingKind", bound=Sampling)
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
 """Numbers of ``malloc.h``."""
 CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
 """Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
@@ -58,11 +58,25 @@ def _keep_memory() -> None:
     training step of ``tiny`` went into that. Threads besides the main one have their memory in
     heaps of 64 MB, and one that is empty goes whole unless as much may stand in reserve.
     """
+    _set_malloc({M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20})
+
+
+def keep_large_memory(device: torch.device) -> None:
+    """Have a CPU process keep pieces of any size, in one heap for all threads.
+
+    For one whose threads compute large arrays and that holds little beside: the heap grows by a
+    seventh. Encoding 256 pixels by Stable Diffusion's VAE took a fifth longer without, most of it
+    in threads that waited for each other to give memory back.
+    """
+    if device.type == "cpu":
+        _set_malloc({M_MMAP_MAX: 0, M_ARENA_MAX: 1})
+
+
+def _set_malloc(options: Mapping[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's.
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 * 2**20)
+        for option, value in options.items():
+            mallopt(option, value)
 
 
 def only_deterministic() -> None:

@@ -12,7 +12,7 @@ import json
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from ldm.artifacts import Manifest, opening, writing
 from ldm.config import Encode, Pretrained
-from ldm.device import device_of
+from ldm.device import device_of, keep_large_memory
 from ldm.encoded import Encoded, mended
 from ldm.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
@@ -70,7 +70,8 @@ def encode(
     if not sharing.is_main:
         job = Job(**json.loads(sharing.hear("job")))
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
-        Part(config, encoders, Encoded(store, sharing.rank), sharing).do(job)
+        made_of = digests(encoders)
+        Part(config, encoders, made_of, Encoded(store, sharing.rank), sharing).do(job)
         return
     pictures = opening(images, "images", "ingest")
     with (
@@ -79,7 +80,8 @@ def encode(
     ):
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
         made_of = digests(encoders)  # Before a part computes with them in its own precision.
-        _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, made_of, out)
+        part = Part(config, encoders, made_of, Encoded(mended(store)), sharing)
+        _lead(part, pictures, made_of, out)
 
 
 def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> None:
@@ -115,15 +117,22 @@ def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> N
 
 
 class Part:
-    """One process's part of the work."""
+    """One process's part of the work; ``made_of``: digests of its encoders' weights, by part."""
 
     def __init__(
-        self, config: Encode, encoders: Encoders, known: Encoded, sharing: Sharing
+        self,
+        config: Encode,
+        encoders: Encoders,
+        made_of: Mapping[str, str],
+        known: Encoded,
+        sharing: Sharing,
     ) -> None:
         self.config, self.encoders, self.known, self.sharing = config, encoders, known, sharing
         device = sharing.device(device_of())
-        self._of_picture = picture_encoder(encoders.vae, config, device)
-        self._of_text = text_encoder(encoders.text_encoder, config, device)
+        keep_large_memory(device)
+        self._of_picture = picture_encoder(encoders.vae, made_of["vae"], config, device)
+        text = made_of["text_encoder"]
+        self._of_text = text_encoder(encoders.text_encoder, text, config, device)
 
     def do(self, job: Job) -> None:
         """Write the shards that no other process writes; all are there when this returns."""

@@ -19,7 +19,6 @@ from ldm.artifacts import digest_file, digest_json
 from ldm.batches import in_full_batches
 from ldm.config import Encode
 from ldm.images import decode_image, size_of, to_model
-from ldm.models import digest_weights
 
 LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
 CODE = (__file__, batches.__file__, device.__file__)
@@ -51,9 +50,14 @@ class Encoder:
         return in_full_batches(self.run, items, self.batch_size, at_a_time, self.shape)
 
 
-def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) -> Encoder:
-    """A picture's encoded bytes to its posterior moments, in the type of storage."""
-    basis = _basis(vae, vae.config, config, *CODE, images.__file__)
+def picture_encoder(
+    vae: AutoencoderKL, digest: str, config: Encode, device: torch.device
+) -> Encoder:
+    """A picture's encoded bytes to its posterior moments, in the type of storage.
+
+    ``digest`` is that of the weights (:func:`ldm.models.digests`).
+    """
+    basis = _basis(digest, vae.config, config, *CODE, images.__file__)
     vae = vae.to(device, getattr(torch, config.compute))
 
     def run(pictures: list[bytes]) -> np.ndarray:
@@ -63,9 +67,9 @@ def picture_encoder(vae: AutoencoderKL, config: Encode, device: torch.device) ->
     return Encoder(run, size_of, basis, config.batch_size, device)
 
 
-def text_encoder(clip: CLIPTextModel, config: Encode, device: torch.device) -> Encoder:
+def text_encoder(clip: CLIPTextModel, digest: str, config: Encode, device: torch.device) -> Encoder:
     """A caption's int64 token ids, as bytes, to its states (tokens, width), in that type."""
-    basis = _basis(clip, clip.config.to_dict(), config, *CODE)
+    basis = _basis(digest, clip.config.to_dict(), config, *CODE)
     clip = clip.to(device, getattr(torch, config.compute))
 
     @torch.no_grad()
@@ -84,10 +88,10 @@ def posterior_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.devi
     return vae.encode(inputs).latent_dist.parameters.float().cpu().numpy()
 
 
-def _basis(module: torch.nn.Module, shape: Mapping[str, Any], config: Encode, *code: str) -> str:
+def _basis(weights: str, shape: Mapping[str, Any], config: Encode, *code: str) -> str:
     return digest_json(
         {
-            "weights": digest_weights(module),
+            "weights": weights,
             "shape": {
                 key: value
                 for key, value in shape.items()

@@ -200,8 +200,8 @@ def test_a_result_depends_on_its_item_alone(pipeline: Path, compute: str, thread
     torch.set_num_threads(threads)
     try:
         for some in (pictures, several):
-            check_independence(picture_encoder(load_vae(source), config, CPU), some)
-        check_independence(text_encoder(clip, config, CPU), captions)
+            check_independence(picture_encoder(load_vae(source), "", config, CPU), some)
+        check_independence(text_encoder(clip, "", config, CPU), captions)
         with ThreadPoolExecutor(1) as other:
             assert other.submit(torch.get_num_threads).result() == threads
     finally:
