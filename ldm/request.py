@@ -32,3 +32,16 @@ def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
             run(json.loads(os.environ[REQUEST]))
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")
+    except RuntimeError as error:
+        if not of_a_peer(error):
+            raise
+        sys.exit(
+            f"ldm {stage}: another process of it is gone or stands still "
+            f"({str(error).splitlines()[0]}); the same command goes on from what is done"
+        )
+
+
+def of_a_peer(error: RuntimeError) -> bool:
+    """Whether it is what torch says of a process that it waited for in vain."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "DistError" in names or "gloo" in str(error)

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
 from ldm import checkpoint, fsdp
 from ldm.artifacts import digest_file, opening, write_whole, writing
@@ -196,7 +197,10 @@ def accelerator_for(config: Train, device: torch.device) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         # A step uses each weight once. To keep what it is in bfloat16 would only take memory.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[
+            AutocastKwargs(cache_enabled=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.patience_s)),
+        ],
     )
 
 
@@ -220,7 +224,7 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
 def settings_of_result(config: Train) -> dict[str, Any]:
     """The settings that decide the result; where and how often to save do not."""
     how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
-    how |= {"sample_every", "sample_prompts", "track", "gradient_checkpointing"}
+    how |= {"sample_every", "sample_prompts", "track", "gradient_checkpointing", "patience_s"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
 
 

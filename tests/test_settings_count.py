@@ -28,7 +28,7 @@ from ldm.data import Batch, TrainingBatches
 from ldm.denoiser import load_scheduler_config
 from ldm.models import Source
 from ldm.train import settled_training
-from tests import test_lora, test_memory, test_options, test_train
+from tests import test_kills, test_lora, test_memory, test_options, test_train
 from tests.test_train import read_log, run_here, weights
 
 BASE: dict[str, Any] = {"steps": 4, "warmup_steps": 1, "learning_rate": 1e-2, "batch_size": 8}
@@ -193,6 +193,7 @@ ELSEWHERE: dict[str, object] = {
     "workers": test_workers_make_the_batches,
     "track": test_the_launcher_is_told_whom_to_start_and_whether_to_show_it,
     "accelerate": test_the_launcher_is_told_whom_to_start_and_whether_to_show_it,
+    "patience_s": test_kills.test_a_trainer_that_stands_still_for_too_long_ends_it,
 }
 """By setting, the test that fails when it does nothing."""
 

@@ -141,6 +141,9 @@ class Train(Section):
     """Steps in a row that may be skipped because their loss or gradient is not finite."""
     accelerate: str = "infra/accelerate/cpu.yaml"
     """Configuration for ``accelerate launch``."""
+    patience_s: Count = 1800
+    """How long processes wait for one that stands still; then the training ends, and the same
+    command goes on from its newest checkpoint."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
