@@ -30,7 +30,7 @@ from ldm.train import train
 from tests import test_first_stage_runs as parts
 from tests import test_registry as registering
 from tests.launched import SHORT, launch, wait_for
-from tests.test_kills import has_done, kill_group, kill_trainer, terminate
+from tests.test_kills import has_done, kill_all, kill_trainer, terminate
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def killed(
     wait_for(partial(has_done, folder, 4), process)
     wait_for(lambda: shown(store, folder), process)
     family = psutil.Process(process.pid).children(recursive=True)
-    kill_group(process)
+    kill_all(process)
     assert process.wait() == -9
     _, alive = psutil.wait_procs(family, timeout=60)  # What is killed still has to die.
     assert len(family) >= 3 and not alive
