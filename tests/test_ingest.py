@@ -416,6 +416,7 @@ def test_a_picture_in_the_list_itself_is_a_bad_url(tmp_path: Path) -> None:
     write_list(tmp_path / "list.csv", [(url, "words") for url in urls])
     rows = list(read_list(tmp_path / "list.csv", "train", 100))
     assert [row.url for row in rows] == urls
+    assert csv.field_size_limit() == 2**17, "others read CSV too"
     with pytest.raises(RefusedError) as caught:
         check(rows[1], CONFIG)
     assert (caught.value.reason, caught.value.detail[:8]) == ("bad url", "must be ")

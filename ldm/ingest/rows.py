@@ -68,12 +68,11 @@ def read_list(path: Path, split: str, max_caption: int) -> Iterator[Row]:
             f"{path}: no such list; run `ldm scenes` for the embedded lists or put your own there"
         )
     row = None
-    csv.field_size_limit(LONGEST_CELL)  # Of the process: rows are read whenever someone asks.
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, strict=True)
             _expect_columns(path, table.fieldnames or ())
-            for number, line in enumerate(table):
+            for number, line in enumerate(_lines(table)):
                 row = _row(split, number, line, max_caption)
                 yield row
     except UnicodeDecodeError as error:
@@ -82,6 +81,19 @@ def read_list(path: Path, split: str, max_caption: int) -> Iterator[Row]:
         raise UserError(f"{path}: {_place(table)}: is not CSV ({error}); mend that row") from error
     if row is None:
         raise UserError(f"{path}: has no rows; add lines of url,caption")
+
+
+def _lines(table: csv.DictReader[str]) -> Iterator[dict[str, str | None]]:
+    """Its rows, with cells of up to ``LONGEST_CELL``; that limit is one of the whole process."""
+    while True:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            line = next(table, None)
+        finally:
+            csv.field_size_limit(before)
+        if line is None:
+            return
+        yield line
 
 
 def _place(table: csv.DictReader[str]) -> str:
