@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
-from ldm import tracking
 from ldm.artifacts import write_whole
 from ldm.config import Registry
 from ldm.config.section import flat
 from ldm.locks import is_held, kernel
 from ldm.progress import say
+from ldm.tracking import connection, runs, versions
 
 LOCK = "lock"
 """In a run's folder: held as long as the training lives."""
@@ -37,7 +37,7 @@ BEAT_S, SILENT_S = 60, 1800
 """How often a run says so, and after how long without it is taken for dead."""
 NAMES = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
 """Metrics by their key in ``log.jsonl``."""
-Task = Callable[[tracking.Run], None]
+Task = Callable[[runs.Run], None]
 PATIENCE_S = 60
 """How long the end of a training waits for what is still to be written."""
 
@@ -110,7 +110,7 @@ class Live:
     def finish(self, model_digest: str) -> None:
         """The training is done, and this is its model."""
         self.status = "FINISHED"
-        tag = tracking.MODEL_DIGEST, model_digest
+        tag = versions.MODEL_DIGEST, model_digest
         self._do(lambda run: run.client.set_tag(run.identity, *tag))
 
     def _do(self, task: Task) -> None:
@@ -120,21 +120,21 @@ class Live:
     def _work(self) -> None:
         """The thread: what is queued, in order, until the end."""
         try:
-            client = tracking.connect(tracking.tracking_uri(self._registry.tracking_uri))
+            client = connection.connect(connection.tracking_uri(self._registry.tracking_uri))
             note_dead(self._registry)
             tags = self._tags()
-            run = tracking.continue_run(
+            run = runs.continue_run(
                 client, self._registry.experiment, self._run.name, tags, RUN_TOKEN
             )
-            with tracking.system_metrics(run):
+            with runs.system_metrics(run):
                 run.log(dict(flat(self._settings)), {})
                 for task in self._queued(run):
                     task(run)
             client.set_terminated(run.identity, self.status)
-        except tracking.failures() as error:
-            say(f"{self._stage}: not shown in MLflow from here on ({tracking.first_line(error)})")
+        except connection.failures() as error:
+            say(f"{self._stage}: not shown in MLflow from here on ({connection.first_line(error)})")
 
-    def _queued(self, run: tracking.Run) -> Iterator[Task]:
+    def _queued(self, run: runs.Run) -> Iterator[Task]:
         """What is queued, until the end; meanwhile the run says now and then that it lives.
 
         One that was taken for dead, on a machine that slept, is running again.
@@ -170,12 +170,12 @@ def note_dead(registry: Registry) -> None:
     What cannot be noted, as when MLflow does not answer, is said and stops nothing.
     """
     try:
-        client = tracking.connect(tracking.tracking_uri(registry.tracking_uri))
-        for run in tracking.runs_of(client, registry.experiment, "attributes.status = 'RUNNING'"):
+        client = connection.connect(connection.tracking_uri(registry.tracking_uri))
+        for run in runs.runs_of(client, registry.experiment, "attributes.status = 'RUNNING'"):
             if RUN_TOKEN in run.data.tags and _is_dead(run.data.tags):
                 client.set_terminated(run.info.run_id, "KILLED")
-    except tracking.failures() as error:
-        say(f"MLflow: runs that died are not marked as such ({tracking.first_line(error)})")
+    except connection.failures() as error:
+        say(f"MLflow: runs that died are not marked as such ({connection.first_line(error)})")
 
 
 def _is_dead(tags: Mapping[str, str]) -> bool:

@@ -13,17 +13,15 @@ from urllib.parse import urlsplit
 from ldm.artifacts import opening
 from ldm.config import Registry
 from ldm.errors import UserError
-from ldm.tracking import (
-    MODEL_DIGEST,
-    PIPELINE,
+from ldm.tracking.connection import (
     SQLITE,
     TRACKING_URI,
-    aliases,
     connect,
     first_line,
     may_exist,
     tracking_uri,
 )
+from ldm.tracking.versions import MODEL_DIGEST, PIPELINE, aliases
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

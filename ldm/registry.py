@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import __version__, tracking
+from ldm import __version__
 from ldm.artifacts import Manifest, digest_json, manifest_of, opening
 from ldm.config import Registry, Sampling
 from ldm.config.section import flat
@@ -25,6 +25,8 @@ from ldm.progress import say
 from ldm.registered import SAMPLES, USES
 from ldm.run_log import LOG
 from ldm.shards import ShardReader
+from ldm.tracking import connection, runs, versions
+from ldm.tracking.commit import code_commit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,8 +69,8 @@ def register(
     metrics = dict(flat(json.loads((evaluation / "metrics.json").read_text())))
     tags = _lineage(trained, judged, images, latents)
     client = _connected(config)
-    same = {tracking.MODEL_DIGEST: trained.digest, EVAL_DIGEST: judged.digest}
-    if known := tracking.find_version(client, config.model, same):
+    same = {versions.MODEL_DIGEST: trained.digest, EVAL_DIGEST: judged.digest}
+    if known := versions.find_version(client, config.model, same):
         done = Registered(config.model, str(known.version), known.run_id, new=False)
     else:
         done = _new_version(client, config, trained, judged, metrics, tags, _samples(latents))
@@ -80,7 +82,7 @@ def register(
 
 def _connected(config: Registry) -> MlflowClient:
     """A client; trainings that died are seen as such by whoever looks on."""
-    client = tracking.connect(tracking.tracking_uri(config.tracking_uri))
+    client = connection.connect(connection.tracking_uri(config.tracking_uri))
     note_dead(config)
     return client
 
@@ -103,7 +105,7 @@ def _new_version(
     points |= {(name, last): value for name, value in metrics.items()}
     settings = {**trained.config, "evaluate": judged.config}
     name = trained.digest[:12]
-    with tracking.writing_run(client, config.experiment, name, tags, known) as run:
+    with runs.writing_run(client, config.experiment, name, tags, known) as run:
         run.log(dict(flat(settings)), points)
         for name in ("metrics.json", "samples.png", "samples.jsonl"):
             client.log_artifact(run.identity, str(judged.path / name))
@@ -116,12 +118,12 @@ def _new_version(
 
 def _followed(client: MlflowClient, experiment: str, model_digest: str) -> str | None:
     """The run that showed the training as it went, if it is no version's yet."""
-    made_it = f"tags.{tracking.MODEL_DIGEST} = '{model_digest}'"
-    found = tracking.runs_of(client, experiment, made_it)
+    made_it = f"tags.{versions.MODEL_DIGEST} = '{model_digest}'"
+    found = runs.runs_of(client, experiment, made_it)
     return next((run.info.run_id for run in found if EVAL_DIGEST not in run.data.tags), None)
 
 
-def _curves(log: Path) -> tracking.Points:
+def _curves(log: Path) -> runs.Points:
     """The training's figures by step."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return {
@@ -145,14 +147,14 @@ def _lineage(
 ) -> dict[str, str]:
     """Digests of all that made the model, back to the lists of URLs where they can be followed."""
     tags = {
-        tracking.MODEL_DIGEST: trained.digest,
+        versions.MODEL_DIGEST: trained.digest,
         EVAL_DIGEST: judged.digest,
         PROMPTS: judged.inputs["prompts"],
         SAMPLING: digest_json(judged.config["sampling"]),
         "ldm_version": __version__,
         **{f"{name}_digest": digest for name, digest in trained.inputs.items()},
     }
-    if commit := tracking.code_commit():
+    if commit := code_commit():
         tags["commit"] = commit
     # Each link is named by the one before; a link that is not there ends the chain.
     for name, path, stage in (("latents", latents, "train"), ("images", images, "encode")):
@@ -172,7 +174,7 @@ def promote(config: Registry, version: str | None = None) -> Decision:
     ``gate.json`` in its run. A version that was rolled back returns only when it is named.
     """
     client = _connected(config)
-    named = tracking.aliases(client, config.model)
+    named = versions.aliases(client, config.model)
     chosen, champion = version or named.get(CHALLENGER), named.get(CHAMPION)
     if chosen is None:
         raise UserError(f"{config.model}: has no challenger; run `ldm register` first")
@@ -194,10 +196,10 @@ def promote(config: Registry, version: str | None = None) -> Decision:
 def _decide(
     client: MlflowClient, config: Registry, chosen: str, champion: str | None, *, by_name: bool
 ) -> Decision:
-    candidate, metrics = tracking.version_of(client, config.model, chosen)
+    candidate, metrics = versions.version_of(client, config.model, chosen)
     against, reference, note = START, _starting(metrics), ""
     if champion is not None:
-        current, reference = tracking.version_of(client, config.model, champion)
+        current, reference = versions.version_of(client, config.model, champion)
         against = f"version {champion}"
         differ = (tag for tag in OTHERWISE if candidate.tags.get(tag) != current.tags.get(tag))
         if others := [OTHERWISE[tag] for tag in differ]:
@@ -233,16 +235,16 @@ class Standing:
 def standing(config: Registry, model_digest: str) -> Standing | None:
     """How the registry has the model with that manifest digest; none if it is not registered."""
     client = _connected(config)
-    known = tracking.find_version(client, config.model, {tracking.MODEL_DIGEST: model_digest})
+    known = versions.find_version(client, config.model, {versions.MODEL_DIGEST: model_digest})
     if known is None:
         return None
     version = str(known.version)
-    named = tracking.aliases(client, config.model)
+    named = versions.aliases(client, config.model)
     decision = _decision(known.run_id) if "gate" in known.tags else None
     reference = None
     if decision is not None and decision.against != START:
         other = decision.against.removeprefix("version ")
-        reference = tracking.version_of(client, config.model, other)[1]
+        reference = versions.version_of(client, config.model, other)[1]
     aliases = tuple(sorted(alias for alias, holder in named.items() if holder == version))
     commit = known.tags.get("commit")
     return Standing(config.model, version, known.run_id, aliases, commit, decision, reference)
@@ -263,14 +265,14 @@ def rollback(config: Registry) -> str:
     Raises :class:`UserError` when no champion was replaced.
     """
     client = _connected(config)
-    named = tracking.aliases(client, config.model)
+    named = versions.aliases(client, config.model)
     champion, former = named.get(CHAMPION), named.get(PREVIOUS)
     if champion is None or former is None:
         raise UserError(f"{config.model}: has no former champion; promote a version by number")
     if champion != former:  # Equal where an earlier call was cut off in between.
         client.set_model_version_tag(config.model, champion, ROLLED_BACK, former)
     client.set_registered_model_alias(config.model, CHAMPION, former)
-    earlier = tracking.version_of(client, config.model, former)[0].tags.get(REPLACED)
+    earlier = versions.version_of(client, config.model, former)[0].tags.get(REPLACED)
     if earlier:
         client.set_registered_model_alias(config.model, PREVIOUS, earlier)
     else:

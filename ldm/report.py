@@ -29,7 +29,7 @@ from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, 
 from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
 from ldm.run_log import LOG
 from ldm.shards import ShardReader
-from ldm.tracking import may_exist, tracking_uri
+from ldm.tracking.connection import may_exist, tracking_uri
 
 if TYPE_CHECKING:
     from ldm.registry import Standing

@@ -22,7 +22,7 @@ from ldm.images import encode_png
 from ldm.models import Source
 from ldm.params import with_changes
 from ldm.sampling import Painter, Request
-from ldm.tracking import PIPELINE
+from ldm.tracking.versions import PIPELINE
 
 # What this file imports, directly or through diffusers (scipy: the lms sampler).
 REQUIRED = (

@@ -25,7 +25,7 @@ from ldm.images import decode_image
 from ldm.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
 from ldm.locks import held
 from ldm.registry import promote, register, standing
-from ldm.tracking import connect, may_exist
+from ldm.tracking.connection import connect, may_exist
 from ldm.train import train
 from tests import test_first_stage_runs as parts
 from tests import test_registry as registering

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm.launch
 import ldm.train
-from ldm import __version__, registered, tracking
+from ldm import __version__, registered
 from ldm.artifacts import opening, writing
 from ldm.config import Evaluate, EvaluationSampling, Gate, Params, Registry
 from ldm.errors import UserError
@@ -30,6 +30,8 @@ from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
 from ldm.registry import promote, register, rollback
+from ldm.tracking import connection, versions
+from ldm.tracking.commit import code_commit
 from tests.launched import SHORT, wait_for
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -65,7 +67,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory, with MLflow's database and files; made once, which takes seconds."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(tracking.TRACKING_URI, raising=False)
+        patch.delenv(connection.TRACKING_URI, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(folder)
         yield folder
@@ -103,7 +105,7 @@ def version(config: Registry, folder: Path, pipeline: Path, mark: str, **metrics
 
 
 def aliases(config: Registry) -> dict[str, str]:
-    return tracking.aliases(tracking.connect(config.tracking_uri), config.model)
+    return versions.aliases(connection.connect(config.tracking_uri), config.model)
 
 
 def test_a_version_remembers_what_made_it(
@@ -123,7 +125,7 @@ def test_a_version_remembers_what_made_it(
     assert done.new
     assert capsys.readouterr().out.count("\n") == 1
 
-    client = tracking.connect(config.tracking_uri)
+    client = connection.connect(config.tracking_uri)
     assert aliases(config) == {"challenger": done.version}
     found = client.get_model_version(config.model, done.version)
     run = client.get_run(done.run_id)
@@ -148,7 +150,7 @@ def test_a_version_remembers_what_made_it(
     assert {"samples.png", "samples.jsonl", "metrics.json"} <= kept
     assert (store / "mlflow.db").is_file()
     assert (store / "mlruns").is_dir()
-    assert tracking.TRACKING_URI not in os.environ
+    assert connection.TRACKING_URI not in os.environ
 
     again = register(config, model, evaluation)
     assert (again.version, again.run_id, again.new) == (done.version, done.run_id, False)
@@ -218,7 +220,7 @@ def test_mlflow_itself_looks_where_the_default_is(store: Path) -> None:
     import mlflow
 
     mlflow.set_tracking_uri(None)
-    os.environ.pop(tracking.TRACKING_URI, None)
+    os.environ.pop(connection.TRACKING_URI, None)
     assert mlflow.get_tracking_uri() == f"sqlite:///{store / 'mlflow.db'}"
 
 
@@ -277,7 +279,7 @@ def test_a_model_is_fetched_once_from_elsewhere(
     ],
 )
 def test_unknown_models_are_named(uri: str, message: str) -> None:
-    client = tracking.connect("sqlite:///mlflow.db")
+    client = connection.connect("sqlite:///mlflow.db")
     if not client.search_registered_models("name = 'known'"):
         client.create_registered_model("known")
     with pytest.raises(UserError, match=message) as raised:
@@ -287,8 +289,8 @@ def test_unknown_models_are_named(uri: str, message: str) -> None:
 
 CONNECT = """
 import sys
-from ldm import tracking
-tracking.connect(sys.argv[1]).create_experiment(sys.argv[2])
+from ldm.tracking import connection
+connection.connect(sys.argv[1]).create_experiment(sys.argv[2])
 """
 
 
@@ -316,9 +318,9 @@ def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for uri in ("http://127.0.0.1:9", "nonsense://somewhere"):
         with pytest.raises(UserError, match=f"^{uri}: MLflow cannot be reached") as raised:
-            tracking.connect(uri)
+            connection.connect(uri)
         assert "\n" not in str(raised.value)
-    monkeypatch.setenv(tracking.TRACKING_URI, f"sqlite:///{tmp_path}/none.db")
+    monkeypatch.setenv(connection.TRACKING_URI, f"sqlite:///{tmp_path}/none.db")
     with pytest.raises(UserError, match=r"none.db does not exist; run `ldm register`"):
         registered.fetch_model("models:/ldm@champion")
     assert not (tmp_path / "none.db").exists()
@@ -376,7 +378,7 @@ def test_promotion_and_the_way_back(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Registry(model="promotion")
-    client = tracking.connect(config.tracking_uri)
+    client = connection.connect(config.tracking_uri)
 
     first = version(config, tmp_path, pipeline, "first", adherence_new=0.4)
     decision = promote(config)
@@ -427,7 +429,7 @@ def test_promotion_and_the_way_back(
 
 def test_the_commit_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.code_commit() is None
+    assert code_commit() is None
 
     def git(*arguments: str) -> str:
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -435,15 +437,15 @@ def test_the_commit_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return done.stdout.strip()
 
     git("init")
-    assert tracking.code_commit() is None
+    assert code_commit() is None
     for name in ("code.py", "dvc.lock", "data.dvc"):
         Path(name).write_text("a")
     git("add", ".")
     git("commit", "-m", "one")
     head = git("rev-parse", "HEAD")
-    assert tracking.code_commit() == head
+    assert code_commit() == head
     for name in ("dvc.lock", "data.dvc", "new.py"):
         Path(name).write_text("b")
-    assert tracking.code_commit() == head
+    assert code_commit() == head
     Path("code.py").write_text("b")
-    assert tracking.code_commit() == f"{head}-dirty"
+    assert code_commit() == f"{head}-dirty"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from ldm import tracking
 from ldm.artifacts import MANIFEST, opening, writing
 from ldm.config import Encode, Params, Pretrained, Registry
 from ldm.encode import encode
@@ -26,6 +25,7 @@ from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
 from ldm.shards import ShardReader, writing_shard
 from ldm.trace import trace
+from ldm.tracking import connection
 from tests.served import write_list
 from tests.test_registry import evaluation_of, model_of
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory, with MLflow's database and files."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(tracking.TRACKING_URI, raising=False)
+        patch.delenv(connection.TRACKING_URI, raising=False)
         patch.chdir(folder)
         yield folder
 
