@@ -61,7 +61,7 @@ def _rows(data: Path, key: str, max_caption: int) -> Iterator[str]:
     paths = (data / f"{split}.csv" for split in USES)
     for path in filter(Path.is_file, paths):
         for row in read_list(path, path.stem, max_caption):
-            if ascii_url(row.url) is not None and row.key == key:
+            if _names(row.url, key):
                 yield f"{path} row {row.number}: {row.url}"
 
 
@@ -71,9 +71,14 @@ def _left_out(path: Path, key: str) -> Iterator[str]:
         return
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            if ascii_url(line["url"]) is not None and key_of(line["url"]) == key:
+            if _names(line["url"], key):
                 why = ": ".join(filter(None, (line["reason"], line["detail"])))
                 yield f"{path}: row {line['row']} of {line['split']} is left out, {why}"
+
+
+def _names(url: str, key: str) -> bool:
+    """Whether it is a URL, and of the sample of that key."""
+    return ascii_url(url) is not None and key_of(url) == key
 
 
 def _members(folder: Path, name: str, prefix: str = "") -> Iterator[tuple[Path, bytes]]:

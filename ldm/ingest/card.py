@@ -22,7 +22,7 @@ from ldm.ingest.histogram import chart, histogram
 from ldm.ingest.markdown import plain, table
 from ldm.ingest.ratings import LICENSE, SCORES
 from ldm.ingest.results import Fetched
-from ldm.ingest.rows import Row, ascii_url
+from ldm.ingest.rows import Row
 
 SAMPLES, COLUMNS, SEED = 24, 6, 0
 """Of the sheet: how many, how many side by side, and the lot that chooses them."""
@@ -189,8 +189,7 @@ def _domains(good: Counter[str], left_out: Iterable[Row]) -> str:
 
 
 def _domain(row: Row) -> str:
-    url = ascii_url(row.url)
-    return urlsplit(url).hostname or "" if url else "none"
+    return urlsplit(row.plain_url).hostname or "" if row.plain_url else "none"
 
 
 def _licenses(counts: Counter[str]) -> list[str]:

@@ -22,7 +22,7 @@ from ldm.ingest.buckets import buckets_of
 from ldm.ingest.guard import Guard
 from ldm.ingest.pictures import Rules
 from ldm.ingest.results import POSITION, Result, results
-from ldm.ingest.rows import Row, ascii_url
+from ldm.ingest.rows import Row
 from ldm.progress import progress
 
 SHARDS_A_PROCESS = 4
@@ -100,7 +100,7 @@ def _write_lists(folder: Path, rows: Sequence[Row], most: int) -> None:
     import pyarrow.parquet as pq
 
     folder.mkdir()
-    urls = (ascii_url(row.url) for row in rows)
+    urls = (row.plain_url for row in rows)
     for first in range(0, len(rows), most):
         some = list(islice(urls, most))
         table = pa.table({"url": some, POSITION: range(first, first + len(some))})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ldm.config import Ingest
 from ldm.ingest.reasons import RefusedError
-from ldm.ingest.rows import Row, Skip, ascii_url, check
+from ldm.ingest.rows import Row, Skip, check
 from ldm.ingest.scratch import scratch_database, told
 
 TABLE = """
@@ -39,35 +39,31 @@ class Listed:
 
         Of rows with the same URL the first that is not left out for another reason stays.
         """
-        with told():
-            for row in rows:
-                self._insert(row)
-                try:
-                    check(row, config)
-                    self._ask(row)
-                except RefusedError as refusal:
-                    self.leave_out(row, refusal)
+        for row in rows:
+            self._insert(row)
+            try:
+                check(row, config)
+                self._ask(row)
+            except RefusedError as refusal:
+                self.leave_out(row, refusal)
 
     def _insert(self, row: Row) -> None:
         columns = "split, number, url, caption, rated, sha256, key"
         values = row.split, row.number, row.url, row.caption, json.dumps(row.rated), row.sha256
-        key = None if ascii_url(row.url) is None else row.key
-        insert = f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self._db.execute(insert, (*values, key))
+        key = None if row.plain_url is None else row.key
+        self._do(f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", *values, key)
 
     def _ask(self, row: Row) -> None:
         """Mark it as to be asked for, unless a row before it is that has its key."""
         first = "SELECT number FROM rows WHERE key = ? AND split = ? AND asked"
-        if earlier := self._db.execute(first, (row.key, row.split)).fetchone():
-            raise RefusedError("duplicate", f"same url as row {earlier[0]}")
-        update = "UPDATE rows SET asked = 1 WHERE split = ? AND number = ?"
-        self._db.execute(update, (row.split, row.number))
+        if found := self._do(first, row.key, row.split):
+            raise RefusedError("duplicate", f"same url as row {found[0][0]}")
+        self._do("UPDATE rows SET asked = 1 WHERE split = ? AND number = ?", row.split, row.number)
 
     def leave_out(self, row: Row, refusal: RefusedError) -> None:
         """From now on the row is not wanted."""
         update = "UPDATE rows SET reason = ?, detail = ? WHERE split = ? AND number = ?"
-        with told():
-            self._db.execute(update, (refusal.reason, refusal.detail, row.split, row.number))
+        self._do(update, refusal.reason, refusal.detail, row.split, row.number)
 
     def wanted(self, split: str | None = None) -> Iterator[Row]:
         """The rows that are not left out, of all lists or of one."""
@@ -99,17 +95,15 @@ class Listed:
 
     def at(self, place: int) -> Row:
         """The row of a place."""
-        with told():
-            cells = self._db.execute(f"SELECT {FIELDS} FROM rows WHERE id = ?", [place]).fetchone()
-        return _row(*cells[1:])
+        ((_, *cells),) = self._do(f"SELECT {FIELDS} FROM rows WHERE id = ?", place)
+        return _row(*cells)
 
     def reasons(self) -> Mapping[str, Counter[str]]:
         """By list, in order, how many rows are left out for which reason; kept ones have none."""
         count = "SELECT split, reason, COUNT(*) FROM rows GROUP BY split, reason ORDER BY MIN(id)"
         found: dict[str, Counter[str]] = defaultdict(Counter)
-        with told():
-            for split, reason, rows in self._db.execute(count):
-                found[split][reason] = rows
+        for split, reason, rows in self._do(count):
+            found[split][reason] = rows
         return found
 
     def example(self, split: str, reason: str) -> Skip:
@@ -123,12 +117,16 @@ class Listed:
         query = f"SELECT {columns} FROM rows WHERE id > ? AND {where} ORDER BY id LIMIT {PAGE}"
         last = 0
         while True:
-            with told():
-                page = self._db.execute(query, (last, *values)).fetchall()
+            page = self._do(query, last, *values)
             yield from page
             if len(page) < PAGE:
                 return
             last = page[-1][0]
+
+    def _do(self, statement: str, *values: Any) -> list[Any]:
+        """What the database answers."""
+        with told():
+            return self._db.execute(statement, values).fetchall()
 
 
 class Chosen(Sequence[Row]):

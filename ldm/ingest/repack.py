@@ -50,15 +50,15 @@ def _shards(
     out: Path, split: str, listed: Listed, store: Store, config: Ingest
 ) -> dict[Size, CutShards]:
     """Those of each size, for the rows whose pictures there are; the others are left out."""
-    prefixes = _prefixes(split, config)
-    keys = {size: bytearray() for size in prefixes}
+    prefixes, sizes = _prefixes(split, config), buckets_of(config)
+    keys = {size: bytearray() for size in sizes}
     for row in listed.wanted(split):
         try:
             fetched = store.fetched(row)
         except RefusedError as refusal:
             listed.leave_out(row, refusal)
             continue
-        keys[nearest(fetched.width, fetched.height, list(prefixes))] += row.key.encode()
+        keys[nearest(fetched.width, fetched.height, sizes)] += row.key.encode()
     return {
         size: CutShards(out, prefix, np.frombuffer(keys[size], KEY), config.samples_per_shard)
         for size, prefix in prefixes.items()

@@ -25,8 +25,7 @@ def expect_yields(listed: Listed, data: Path, min_yield: float) -> None:
     The message names the commonest reason of that list, a row of it, the remedy.
     """
     for split, reasons in listed.reasons().items():
-        kept, rows = reasons.pop("", 0), reasons.total()
-        rows += kept
+        rows, kept = reasons.total(), reasons.pop("", 0)
         if kept and kept >= min_yield * rows:
             continue
         reason, count = min(reasons.items(), key=lambda item: -item[1])

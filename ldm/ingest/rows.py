@@ -40,9 +40,14 @@ class Row:
     """The optional column of that name: what the file behind the URL must be, or anything."""
 
     @cached_property
+    def plain_url(self) -> str | None:
+        """The URL in ASCII: see :func:`ascii_url`."""
+        return ascii_url(self.url)
+
+    @cached_property
     def key(self) -> str:
         """The name of the row's sample: see :func:`key_of`."""
-        return key_of(self.url)
+        return _key(self.url, self.plain_url)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def check(row: Row, config: Ingest) -> None:
     """
     if not row.caption:
         raise RefusedError("empty caption")
-    if ascii_url(row.url) is None:
+    if row.plain_url is None:
         raise RefusedError("bad url", "must be http://HOST/... or https://HOST/...")
     if row.sha256 and not SHA256.fullmatch(row.sha256):
         raise RefusedError("bad sha256", f"{row.sha256[:80]!r} is not 64 hexadecimal digits")
@@ -140,7 +145,10 @@ def key_of(url: str) -> str:
 
     A function of the URL alone, so that a sample keeps it whatever happens to other rows.
     """
-    plain = ascii_url(url)
+    return _key(url, ascii_url(url))
+
+
+def _key(url: str, plain: str | None) -> str:
     if plain is None:
         raise UserError(f"{url[:200]!r}: is no URL; write http://HOST/... or https://HOST/...")
     return hashlib.sha256(plain.encode()).hexdigest()[:32]
