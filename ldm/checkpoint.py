@@ -111,6 +111,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
         _sync(run)
+    except UserError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(

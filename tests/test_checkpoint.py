@@ -17,6 +17,7 @@ import torch
 
 import ldm.checkpoint
 from ldm.checkpoint import (
+    STATE,
     Checkpoint,
     damage_of,
     folders,
@@ -27,6 +28,7 @@ from ldm.checkpoint import (
 )
 from ldm.errors import UserError
 from ldm.saver import Saver
+from tests.disk import room_for
 
 
 def at(step: int, val_loss: float | None = None) -> Checkpoint:
@@ -227,3 +229,11 @@ def test_an_old_one_that_cannot_be_removed_stops_nothing(
     assert "step-00000010: an old checkpoint that cannot be removed" in capsys.readouterr().out
     found = newest(tmp_path)
     assert found is not None and found.step == 20
+
+
+def test_a_disk_that_is_full_at_the_last_file_leaves_nothing_aside(tmp_path: Path) -> None:
+    save(tmp_path, at(10), keep=1)
+    whole = (tmp_path / "step-00000010" / STATE).stat().st_size
+    with room_for(whole - 1), pytest.raises(UserError, match="make room"):
+        save(tmp_path, at(20), keep=1)
+    assert [one.name for one in tmp_path.iterdir()] == ["step-00000010"]
