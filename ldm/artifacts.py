@@ -107,7 +107,7 @@ def _swap_in(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def manifest_of(path: Path) -> Manifest | None:
+def manifest_of(path: Path, remedy: str = "make it") -> Manifest | None:
     """What a directory says that it holds; None where it does not say.
 
     Unverified: for those who need not read the files, of which there may be terabytes.
@@ -117,7 +117,7 @@ def manifest_of(path: Path) -> Manifest | None:
     try:
         return Manifest(**json.loads((path / MANIFEST).read_text()), path=path)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST}: cannot be read ({error}); make it again") from error
+        raise UserError(f"{path / MANIFEST}: cannot be read ({error}); {remedy} again") from error
 
 
 def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
@@ -129,7 +129,7 @@ def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
     remedy = f"run `ldm {made_by_stage}` to make it"
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; {remedy}")
-    manifest = manifest_of(path)
+    manifest = manifest_of(path, remedy)
     if manifest is None:
         raise UserError(f"{path}: has no {MANIFEST}, so it is unfinished or not ours; {remedy}")
     if (manifest.kind, manifest.schema_version) != (kind, SCHEMA_VERSION):
