@@ -12,7 +12,7 @@ import json
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,7 @@ def encode(
     if not sharing.is_main:
         job = Job(**json.loads(sharing.hear("job")))
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
-        made_of = digests(encoders)
-        Part(config, encoders, made_of, Encoded(store, sharing.rank), sharing).do(job)
+        Part(config, encoders, Encoded(store, sharing.rank), sharing).do(job)
         return
     pictures = opening(images, "images", "ingest")
     with (
@@ -79,12 +78,10 @@ def encode(
         held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
     ):
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
-        made_of = digests(encoders)  # Before a part computes with them in its own precision.
-        part = Part(config, encoders, made_of, Encoded(mended(store)), sharing)
-        _lead(part, pictures, made_of, out)
+        _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, out)
 
 
-def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> None:
+def _lead(part: Part, images: Manifest, out: Path) -> None:
     """The main process's own: say what there is to do, and make an artifact of what all did."""
     config, vae, sharing = part.config, part.encoders.vae.config, part.sharing
     settings = {
@@ -95,7 +92,7 @@ def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> N
     }
     if "bucket_step" in images.config:
         settings["image_size"] = images.config["image_size"]
-    inputs = {"images": images.digest, **made_of}
+    inputs = {"images": images.digest, **part.made_of}
     extension, samples = images.config["image_format"], sum(images.counts.values())
     shards = sorted(name for name in images.files if name.endswith(".tar"))
     counts: dict[str, int] = {}
@@ -117,22 +114,18 @@ def _lead(part: Part, images: Manifest, made_of: dict[str, str], out: Path) -> N
 
 
 class Part:
-    """One process's part of the work; ``made_of``: digests of its encoders' weights, by part."""
+    """One process's part of the work; ``made_of``: digests of its encoders, by part."""
 
     def __init__(
-        self,
-        config: Encode,
-        encoders: Encoders,
-        made_of: Mapping[str, str],
-        known: Encoded,
-        sharing: Sharing,
+        self, config: Encode, encoders: Encoders, known: Encoded, sharing: Sharing
     ) -> None:
         self.config, self.encoders, self.known, self.sharing = config, encoders, known, sharing
         device = sharing.device(device_of())
         keep_large_memory(device)
-        self._of_picture = picture_encoder(encoders.vae, made_of["vae"], config, device)
-        text = made_of["text_encoder"]
-        self._of_text = text_encoder(encoders.text_encoder, text, config, device)
+        made_of = self.made_of = digests(encoders)  # Before they are in another precision.
+        vae, clip = encoders.vae, encoders.text_encoder
+        self._of_picture = picture_encoder(vae, made_of["vae"], config, device)
+        self._of_text = text_encoder(clip, made_of["text_encoder"], config, device)
 
     def do(self, job: Job) -> None:
         """Write the shards that no other process writes; all are there when this returns."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 from ldm.artifacts import write_whole
@@ -24,6 +24,9 @@ from ldm.config.section import flat
 from ldm.locks import is_held, kernel
 from ldm.progress import say
 from ldm.tracking import connection, runs, versions
+
+if TYPE_CHECKING:
+    from ldm.tracking.connection import MlflowClient
 
 LOCK = "lock"
 """In a run's folder: held as long as the training lives."""
@@ -121,7 +124,7 @@ class Live:
         """The thread: what is queued, in order, until the end."""
         try:
             client = connection.connect(connection.tracking_uri(self._registry.tracking_uri))
-            note_dead(self._registry)
+            note_dead(self._registry, client)
             tags = self._tags()
             run = runs.continue_run(
                 client, self._registry.experiment, self._run.name, tags, RUN_TOKEN
@@ -164,13 +167,14 @@ def _token(run: Path) -> str:
     return file.read_text()
 
 
-def note_dead(registry: Registry) -> None:
+def note_dead(registry: Registry, client: MlflowClient | None = None) -> None:
     """Mark an experiment's runs as killed that MLflow takes for running and nobody trains.
 
-    What cannot be noted, as when MLflow does not answer, is said and stops nothing.
+    What cannot be noted, as when MLflow does not answer, is said and stops nothing. By a ``client``
+    of those who have one.
     """
     try:
-        client = connection.connect(connection.tracking_uri(registry.tracking_uri))
+        client = client or connection.connect(connection.tracking_uri(registry.tracking_uri))
         for run in runs.runs_of(client, registry.experiment, "attributes.status = 'RUNNING'"):
             if RUN_TOKEN in run.data.tags and _is_dead(run.data.tags):
                 client.set_terminated(run.info.run_id, "KILLED")

@@ -23,7 +23,7 @@ from ldm.latents import SAMPLE_MEMBERS
 from ldm.live import metrics_of, note_dead
 from ldm.progress import say
 from ldm.registered import SAMPLES, USES
-from ldm.run_log import LOG
+from ldm.run_log import LOG, entries
 from ldm.shards import ShardReader
 from ldm.tracking import connection, runs, versions
 from ldm.tracking.commit import code_commit
@@ -83,7 +83,7 @@ def register(
 def _connected(config: Registry) -> MlflowClient:
     """A client; trainings that died are seen as such by whoever looks on."""
     client = connection.connect(connection.tracking_uri(config.tracking_uri))
-    note_dead(config)
+    note_dead(config, client)
     return client
 
 
@@ -125,9 +125,10 @@ def _followed(client: MlflowClient, experiment: str, model_digest: str) -> str |
 
 def _curves(log: Path) -> runs.Points:
     """The training's figures by step."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
     return {
-        (name, line["step"]): value for line in lines for name, value in metrics_of(line).items()
+        (name, line["step"]): value
+        for line in entries(log)
+        for name, value in metrics_of(line).items()
     }
 
 

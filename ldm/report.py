@@ -27,7 +27,7 @@ from ldm.progress import progress, say
 from ldm.report_chart import Curves
 from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, render
 from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
-from ldm.run_log import LOG
+from ldm.run_log import LOG, entries
 from ldm.shards import ShardReader
 from ldm.tracking.connection import may_exist, tracking_uri
 
@@ -155,7 +155,7 @@ def _carried(table: Path) -> str:
 
 def read_curves(log: Path) -> Curves:
     """The curves in a training's log; what is not a number is left out."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = entries(log)
     trained = [line for line in lines if math.isfinite(line.get("loss", math.nan))]
     return Curves(
         steps=[line["step"] for line in trained],

@@ -33,7 +33,7 @@ def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")
     except RuntimeError as error:
-        if not of_a_peer(error):
+        if not _of_a_peer(error):
             raise
         sys.exit(
             f"ldm {stage}: another process of it is gone or stands still "
@@ -41,7 +41,7 @@ def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
         )
 
 
-def of_a_peer(error: RuntimeError) -> bool:
+def _of_a_peer(error: RuntimeError) -> bool:
     """Whether it is what torch says of a process that it waited for in vain."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return "DistError" in names or "gloo" in str(error)

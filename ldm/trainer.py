@@ -124,28 +124,30 @@ class Trainer:
 
         Then all that is left to the next start.
         """
-        config, last = self.config, step == self.config.steps
         val_loss = None
-        if last or step % config.validate_every == 0:
+        if self._validates_at(step):
             validated = self._validate(termination)
             if validated is None:
                 return True
             log.write({"step": step, **validated})
             val_loss = validated["val_loss"]
-        if val_loss is not None or step % config.checkpoint_every == 0:
-            self._save(saver, step, val_loss, log, last=last)
+        if val_loss is not None or step % self.config.checkpoint_every == 0:
+            self._save(saver, step, val_loss, log, last=step == self.config.steps)
         if self._draws_at(step):
             self._draw(step)
         return False
 
     def _go_on_after(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
         """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
-        due = step == self.config.steps or step % self.config.validate_every == 0
-        if due and not any(one["step"] == step and "val_loss" in one for one in log.kept):
+        validated = any(one["step"] == step and "val_loss" in one for one in log.kept)
+        if self._validates_at(step) and not validated:
             return self._conclude(step, log, saver, termination)
         if self._draws_at(step) and not (self.folder / sheet_name(step)).is_file():
             self._draw(step)
         return False
+
+    def _validates_at(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.validate_every == 0
 
     def _draws_at(self, step: int) -> bool:
         every = self.config.sample_every
