@@ -25,9 +25,9 @@ from bench.peak import peak
 from bench.synthetic import caption, origin, write_images, write_latents
 from ldm.cache import LatentCache
 from ldm.config import Ingest
-from ldm.data import TrainingBatches
 from ldm.latents import IDS, MOMENTS, SAMPLE_MEMBERS, STATES, TEXT_MEMBERS, TEXTS, from_npy
 from ldm.shards import ShardReader
+from ldm.train.data import TrainingBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 1 if SMALL else 5

@@ -18,7 +18,7 @@ from bench.sd_encoders import TOKENS, sd_encoders
 from bench.synthetic import write_images
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of, keep_large_memory
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.images import decode_image, to_model
 from ldm.models import load_encoders, locate
 from ldm.shards import ShardReader

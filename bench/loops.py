@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
-from ldm.data import Batch
+from ldm.train.data import Batch
 from ldm.unet import denoise
 
 Precision = Callable[[], AbstractContextManager[Any]]

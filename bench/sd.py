@@ -31,15 +31,15 @@ from bench.sd_encoders import TOKENS, WIDTH, sd_encoders
 from bench.synthetic import write_latents
 from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
-from ldm.data import Batch
 from ldm.denoiser import Denoiser
 from ldm.device import device_of, plain_attention
-from ldm.objective import Objective
 from ldm.run_log import LOG, RunLog
-from ldm.starting_point import fresh_schedule
 from ldm.termination import Termination
-from ldm.train import accelerator_for, settled_training
-from ldm.trainer import Trainer
+from ldm.train.data import Batch
+from ldm.train.objective import Objective
+from ldm.train.stage import accelerator_for, settled_training
+from ldm.train.starting_point import fresh_schedule
+from ldm.train.trainer import Trainer
 from ldm.unet import Network, denoise, from_scratch
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

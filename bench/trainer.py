@@ -25,16 +25,16 @@ from bench.compare import compare
 from bench.loops import bare, encoding
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
-from ldm.data import Batch
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
 from ldm.device import autocast, device_of, plain_attention
 from ldm.models import load_encoders, locate
-from ldm.objective import Objective
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
 from ldm.termination import Termination
-from ldm.train import accelerator_for, settled_training
-from ldm.trainer import Trainer
+from ldm.train.data import Batch
+from ldm.train.objective import Objective
+from ldm.train.stage import accelerator_for, settled_training
+from ldm.train.trainer import Trainer
 
 LATENTS = Path("artifacts/latents")
 BATCH, ROUNDS, STEPS, SIDE = 64, 7, 20, 64

@@ -58,7 +58,7 @@ def _scenes(options: argparse.Namespace) -> None:
 
 def _ingest(options: argparse.Namespace) -> None:
     from ldm.ingest.stage import ingest
-    from ldm.remote import publishing
+    from ldm.remote.artifacts import publishing
 
     config = _params(options).ingest
     with publishing(options.out, "images", options.runs) as out:
@@ -67,7 +67,7 @@ def _ingest(options: argparse.Namespace) -> None:
 
 def _first_stage(options: argparse.Namespace) -> None:
     from ldm.first_stage.stage import first_stage
-    from ldm.remote import reading
+    from ldm.remote.artifacts import reading
 
     params = _params(options)
     registry = params.registry if params.first_stage.track else None
@@ -77,7 +77,7 @@ def _first_stage(options: argparse.Namespace) -> None:
 
 def _encode(options: argparse.Namespace) -> None:
     from ldm.launch import launch_encoding, processes_of
-    from ldm.remote import publishing, reading
+    from ldm.remote.artifacts import publishing, reading
 
     params = _params(options)
     configuration = params.encode.accelerate
@@ -88,15 +88,15 @@ def _encode(options: argparse.Namespace) -> None:
         if configuration and processes_of(configuration) > 1:
             launch_encoding(params, images, out, options.runs)
         else:
-            from ldm.encode import encode
+            from ldm.encode.stage import encode
 
             encode(params.encode, params.pretrained, images, out, options.runs)
 
 
 def _train(options: argparse.Namespace) -> None:
     from ldm.launch import launch_training
-    from ldm.remote import reading
-    from ldm.stale import expect_current
+    from ldm.remote.artifacts import reading
+    from ldm.train.stale import expect_current
 
     if options.changed and options.resume is None:
         raise UserError("--changed: says what --resume RUN may do; give that too")
@@ -121,8 +121,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _register(options: argparse.Namespace) -> None:
-    from ldm.registry import register
-    from ldm.remote import reading
+    from ldm.registry.register import register
+    from ldm.remote.artifacts import reading
 
     with (
         reading(options.images, options.runs, files=False) as images,
@@ -132,7 +132,7 @@ def _register(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from ldm.registry import promote, rollback
+    from ldm.registry.promotion import promote, rollback
 
     registry = _params(options).registry
     if options.rollback:
@@ -142,8 +142,8 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ldm.remote import reading
-    from ldm.report import report
+    from ldm.remote.artifacts import reading
+    from ldm.report.stage import report
 
     registry = _params(options).registry
     with (
@@ -154,7 +154,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
-    from ldm.remote import reading
+    from ldm.remote.artifacts import reading
     from ldm.trace import trace
 
     params = _params(options)
@@ -166,9 +166,9 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ldm.generate import Job, generate
+    from ldm.generate.prompts import Wish
+    from ldm.generate.stage import Job, generate
     from ldm.params import with_changes
-    from ldm.prompts import Wish
 
     params = _params(options)
     if options.prompts and options.prompt:

@@ -30,7 +30,7 @@ def launch_training(
     resume: Path | None = None,
     changed: bool = False,
 ) -> None:
-    """Run ``ldm.train`` with the accelerate configuration that the settings name; see `_launch`.
+    """Run :mod:`ldm.train.stage` under ``accelerate launch``; see :func:`_launch`.
 
     The version behind an alias in ``train.init`` is fixed here, and kept with the model.
     """
@@ -51,14 +51,14 @@ def launch_training(
     except SystemExit:
         if params.train.track:
             # A trainer that was killed could not say so itself.
-            from ldm.live import note_dead
+            from ldm.tracking.live import note_dead
 
             note_dead(params.registry)
         raise
 
 
 def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None:
-    """Run ``ldm.encode`` with the accelerate configuration that the settings name; see `_launch`.
+    """Run :mod:`ldm.encode.stage` under ``accelerate launch``; see :func:`_launch`.
 
     The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
     """
@@ -87,16 +87,17 @@ def _fixed(name: str) -> str:
     """The same name of a model, but for an MLflow alias the version behind it."""
     if not name.startswith("models:/"):
         return name
-    from ldm.registered import pinned
+    from ldm.tracking.registered import pinned
 
     return pinned(name)
 
 
 def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
-    """Run ``python -m ldm.STAGE`` in each process, the request as JSON in its environment.
+    """Run ``python -m ldm.STAGE.stage`` in as many processes as the accelerate configuration says.
 
-    Raises :class:`SystemExit` with the exit code of the process that failed first. It has said why,
-    or is said to have been killed. SIGTERM and Ctrl-C go on to the processes.
+    The request is JSON in their environment. Raises :class:`SystemExit` with the exit code of the
+    process that failed first. It has said why, or is said to have been killed. SIGTERM and Ctrl-C
+    go on to the processes.
     """
     leave(request)
     settings, processes = _read(configuration), processes_of(configuration)
@@ -105,7 +106,7 @@ def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
     arguments = ["--config_file", configuration, "--num_cpu_threads_per_process", str(threads)]
     if processes > 1 and "main_process_port" not in settings:
         arguments += ["--main_process_port", "0"]  # Any that is free.
-    code = _launched(*arguments, "-m", f"ldm.{stage}")
+    code = _launched(*arguments, "-m", f"ldm.{stage}.stage")
     if code == -signal.SIGKILL:
         killed = "a process was killed; the same command goes on from what is done"
         print(f"ldm {stage}: {killed}", file=sys.stderr)

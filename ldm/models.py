@@ -42,7 +42,7 @@ def locate(name: str, revision: str | None = None) -> Source:
     if name == TINY:
         return Source(str(tiny_folder()), name=name)
     if name.startswith("models:/"):
-        from ldm.registered import fetch_model
+        from ldm.tracking.registered import fetch_model
 
         return Source(str(fetch_model(name)), name=name)
     if revision is None and not Path(name).exists():

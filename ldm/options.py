@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ldm import __version__
 
 if TYPE_CHECKING:
-    from ldm.remote import Location
+    from ldm.remote.artifacts import Location
 
 MODEL_HELP = "folder, checkpoint of a training, hub id or MLflow URI"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.artifacts import write_whole
 from ldm.errors import UserError, full_disk_told
-from ldm.live import Live
+from ldm.tracking.live import Live
 
 LOG = "log.jsonl"
 """Its name, in the folder of a run and in that of the model."""

@@ -14,7 +14,7 @@ from ldm.errors import UserError
 from ldm.ingest.rows import ascii_url, key_of, read_list
 from ldm.latents import IDS, TEXTS
 from ldm.progress import say
-from ldm.registered import USES, trained_on
+from ldm.tracking.registered import USES, trained_on
 
 KEY = re.compile(r"[0-9a-f]{32}")
 

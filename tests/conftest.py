@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTextModel
 
 from ldm.artifacts import writing
 from ldm.config import ClipTraining, Encode, Pretrained, UnetShape, VaeTraining
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.first_stage.clip import build_clip
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import build_vae

@@ -13,7 +13,7 @@ from subprocess import PIPE, Popen
 
 from ldm.artifacts import MANIFEST, digest_tree, writing
 from ldm.config import Encode, Pretrained
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.images import encode_png
 from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw

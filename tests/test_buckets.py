@@ -20,9 +20,8 @@ from PIL import Image
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
 from ldm.config import Encode, FirstStage, Ingest, Pretrained, Train
-from ldm.data import TrainingBatches
-from ldm.encode import encode
-from ldm.encoders import posterior_moments
+from ldm.encode.encoders import posterior_moments
+from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
@@ -30,8 +29,9 @@ from ldm.ingest.buckets import Size, buckets, nearest
 from ldm.ingest.stage import ingest
 from ldm.models import Source, load_vae
 from ldm.shards import ShardReader
-from ldm.train import train
-from ldm.trainer import Trainer
+from ldm.train.data import TrainingBatches
+from ldm.train.stage import train
+from ldm.train.trainer import Trainer
 from tests.launched import SHORT, launch, wait_for
 from tests.served import photograph, serving, write_list
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.cache import LatentCache
-from ldm.data import TrainingBatches, shifted, spread_share, validation_batches
-from ldm.encoders import posterior_moments
+from ldm.encode.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.images import psnr, to_pixels
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
+from ldm.train.data import TrainingBatches, shifted, spread_share, validation_batches
 from tests.conftest import scenes
 
 

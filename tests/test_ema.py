@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ldm.ema import EVERY, Ema
+from ldm.train.ema import EVERY, Ema
 
 DECAY, STEPS = 0.99, 800
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm import encoded
 from ldm.artifacts import digest_tree
 from ldm.config import Encode
-from ldm.encoded import Encoded
-from ldm.encoders import Encoder, picture_encoder, text_encoder
+from ldm.encode import encoded
+from ldm.encode.encoded import Encoded
+from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
 from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
@@ -183,7 +183,7 @@ def test_code_and_libraries_decide_too(
     monkeypatch.setattr("ldm.images.__file__", __file__)
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (PICTURES, 0)
-    monkeypatch.setattr("ldm.encoders.version", lambda name: "0")
+    monkeypatch.setattr("ldm.encode.encoders.version", lambda name: "0")
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (PICTURES, CAPTIONS)
 

@@ -18,7 +18,7 @@ from ldm.images import decode_image
 from ldm.models import Source
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import prompts
-from ldm.train import train
+from ldm.train.stage import train
 
 SAMPLING = EvaluationSampling(steps=2, seed=5)
 

@@ -28,8 +28,8 @@ from ldm.first_stage.loop import Run
 from ldm.first_stage.stage import first_stage
 from ldm.first_stage.vae import train_vae
 from ldm.images import decode_image
+from ldm.learning_rate import rate_factor
 from ldm.scenes.lists import caption_of
-from ldm.schedule import rate_factor
 from tests.conftest import scenes
 from tests.launched import ROOT, wait_for
 

@@ -13,21 +13,21 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from ldm.artifacts import writing
 from ldm.config import Encode, NoiseSchedule, Pretrained, Sampling
-from ldm.data import Batch
 from ldm.denoiser import load_scheduler_config
 from ldm.diffusion import FLOW
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.explain import forward, reverse
 from ldm.images import encode_png, psnr
 from ldm.models import Source
-from ldm.objective import Objective
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
 from ldm.schedulers import make_sampler
 from ldm.shards import ShardWriter
-from ldm.starting_point import fresh_schedule
+from ldm.train.data import Batch
+from ldm.train.objective import Objective
+from ldm.train.starting_point import fresh_schedule
 from tests.test_train import read_log, run_here
 
 RANDOM = {"init": "random", "unet": {"widths": [16, 32], "head_width": 8, "norm_groups": 4}}

@@ -17,10 +17,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm import fsdp
 from ldm.artifacts import opening
 from ldm.config import Train
 from ldm.errors import UserError
+from ldm.train import fsdp
 from tests.launched import launch, wait_for
 from tests.test_kills import has_done, kill_all, terminate
 from tests.test_train import run_here

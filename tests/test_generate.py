@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldm import generate as job_module
 from ldm.config import Sampling
 from ldm.errors import UserError
-from ldm.generate import Job, Prompts, generate
-from ldm.prompts import Wish
+from ldm.generate import stage as job_module
+from ldm.generate.prompts import Wish
+from ldm.generate.stage import Job, Prompts, generate
 
 QUICK = Sampling(steps=2, batch_size=4)
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,17 +16,19 @@ import psutil
 import pytest
 from mlflow.entities import Run
 
-import ldm.live
+import ldm.tracking.live
 from ldm.artifacts import opening
 from ldm.config import FirstStage, Pretrained, Registry, Train
 from ldm.errors import UserError
 from ldm.first_stage.stage import first_stage
 from ldm.images import decode_image
-from ldm.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
 from ldm.locks import held
-from ldm.registry import promote, register, standing
+from ldm.registry.promotion import promote
+from ldm.registry.register import register
+from ldm.registry.standing import standing
 from ldm.tracking.connection import connect, may_exist
-from ldm.train import train
+from ldm.tracking.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
+from ldm.train.stage import train
 from tests import test_first_stage_runs as parts
 from tests import test_registry as registering
 from tests.launched import SHORT, launch, wait_for
@@ -204,7 +206,7 @@ def test_on_another_machine_only_a_run_that_is_long_silent_is_dead(
     dead: Dead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk may be shared, and locks be seen or not."""
-    monkeypatch.setattr(ldm.live, "kernel", lambda: "another")
+    monkeypatch.setattr(ldm.tracking.live, "kernel", lambda: "another")
     note_dead(dead.registry)
     assert dead.status == "RUNNING"
     dead.tag(ALIVE, int(time.time()) - SILENT_S - 1)
@@ -246,7 +248,7 @@ def test_a_run_that_goes_on_elsewhere_is_the_same_in_mlflow(
 def test_a_run_that_was_taken_for_dead_and_lives_says_so(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ldm.live, "BEAT_S", 0.1)
+    monkeypatch.setattr(ldm.tracking.live, "BEAT_S", 0.1)
     registry = Registry(tracking_uri=store, experiment=tmp_path.name)
     with Live(registry, tmp_path, {"batch_size": 8}):
         live = Dead(registry, tmp_path)

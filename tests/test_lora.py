@@ -20,7 +20,7 @@ from ldm.lora import DIFFUSERS, KOHYA, Adapters
 from ldm.models import Source
 from ldm.params import load_params
 from ldm.sampling import Painter, Request
-from ldm.train import train
+from ldm.train.stage import train
 from ldm.unet import denoise
 from tests.test_options import differ
 from tests.test_train import run_here, weights

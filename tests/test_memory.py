@@ -10,10 +10,10 @@ import torch
 
 import ldm.saver
 from ldm.checkpoint import Checkpoint, newest, save
-from ldm.data import Batch
 from ldm.memory import available
-from ldm.objective import Objective
 from ldm.saver import Saver
+from ldm.train.data import Batch
+from ldm.train.objective import Objective
 from tests.test_checkpoint import at
 from tests.test_train import run_here
 

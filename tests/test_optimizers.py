@@ -17,8 +17,8 @@ from ldm.checkpoint import optimizer_tensors, restore_optimizer
 from ldm.config import Train
 from ldm.denoiser import Denoiser
 from ldm.errors import UserError
-from ldm.optimizers import make_optimizer
-from ldm.schedule import rate_factor
+from ldm.learning_rate import rate_factor
+from ldm.train.optimizers import make_optimizer
 from tests.test_train import read_log, run_here
 
 

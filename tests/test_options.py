@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
-from ldm.data import TrainingBatches
 from ldm.denoiser import load_scheduler_config
 from ldm.errors import UserError
 from ldm.models import Source
 from ldm.nn.layers import ResidualBlock
-from ldm.objective import Objective
 from ldm.params import load_params
-from ldm.starting_point import fresh_schedule
+from ldm.train.data import TrainingBatches
+from ldm.train.objective import Objective
+from ldm.train.starting_point import fresh_schedule
 from tests.launched import launch
 from tests.test_train import read_log, run_here, weights
 

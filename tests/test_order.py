@@ -12,8 +12,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.draws import ORDER, counter_based
-from ldm.order import Order
+from ldm.train.draws import ORDER, counter_based
+from ldm.train.order import Order
 
 EPOCHS = 12
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)

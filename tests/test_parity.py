@@ -11,16 +11,16 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ldm.cache import LatentCache
 from ldm.config import Encode, Pretrained
-from ldm.data import Batch, TrainingBatches
 from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
-from ldm.draws import ORDER, TRAIN, counter_based
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.images import psnr, to_model, to_pixels
 from ldm.latents import IDS, STATES
 from ldm.models import load_text_encoder, load_vae, locate
-from ldm.objective import Objective
 from ldm.scenes.lists import caption_of
 from ldm.text import tokenize
+from ldm.train.data import Batch, TrainingBatches
+from ldm.train.draws import ORDER, TRAIN, counter_based
+from ldm.train.objective import Objective
 from tests.conftest import scenes
 
 SEED, BATCH, DROPOUT, GAMMA = 3, 16, 0.3, 5.0

@@ -21,16 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm.launch
-import ldm.train
-from ldm import __version__, registered
+import ldm.train.stage
+from ldm import __version__
 from ldm.artifacts import opening, writing
 from ldm.config import Evaluate, EvaluationSampling, Gate, Params, Registry
 from ldm.errors import UserError
-from ldm.gate import judge, verdict
 from ldm.images import decode_image, encode_png
 from ldm.models import locate
-from ldm.registry import promote, register, rollback
-from ldm.tracking import connection, versions
+from ldm.registry.gate import judge, verdict
+from ldm.registry.promotion import promote, rollback
+from ldm.registry.register import register
+from ldm.tracking import connection, registered, versions
 from ldm.tracking.commit import code_commit
 from tests.launched import SHORT, wait_for
 
@@ -237,7 +238,9 @@ def test_a_training_starts_from_the_version_behind_an_alias(
     settings = {**SHORT, "mixed_precision": "no", "steps": 1, "learning_rate": 1e-12}
     settings |= {"init": "models:/start@challenger"}
     params = Params.model_validate({"train": settings, "pretrained": {"pipeline": str(pipeline)}})
-    monkeypatch.setattr(ldm.launch, "_launch", lambda _, __, request: ldm.train._asked(request))
+    monkeypatch.setattr(
+        ldm.launch, "_launch", lambda _, __, request: ldm.train.stage._asked(request)
+    )
     ldm.launch.launch_training(params, latents, tmp_path / "model", tmp_path / "runs")
     made = opening(tmp_path / "model", "model", "train")
     assert made.config["init"] == f"models:/start/{number}"

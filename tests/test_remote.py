@@ -19,11 +19,11 @@ import pytest
 from s3fs import S3FileSystem
 
 from ldm.artifacts import MANIFEST, digest_tree, opening, writing
-from ldm.bucket import PART, Bucket
 from ldm.cache import LatentCache
 from ldm.cli import main
 from ldm.errors import UserError
-from ldm.remote import publishing, reading
+from ldm.remote.artifacts import publishing, reading
+from ldm.remote.bucket import PART, Bucket
 from ldm.shards import ShardReader
 from tests.launched import ROOT, launch
 from tests.s3 import Server, serving_s3
@@ -152,7 +152,7 @@ PUBLISH = f"""
 import json, sys
 from pathlib import Path
 from ldm.artifacts import writing
-from ldm.remote import publishing
+from ldm.remote.artifacts import publishing
 with (
     publishing({URL!r}, "images", Path(sys.argv[1])) as out,
     writing(out, "images", config={{}}, inputs={{}}) as fresh,
@@ -163,7 +163,7 @@ with (
 FETCH = f"""
 import sys
 from pathlib import Path
-from ldm.remote import reading
+from ldm.remote.artifacts import reading
 with reading({URL!r}, Path(sys.argv[1])):
     pass
 """

@@ -19,24 +19,24 @@ import torch
 from diffusers import AutoencoderKL
 
 import ldm.evaluate as evaluation_stage
-import ldm.registry
+import ldm.registry.standing
 from ldm.artifacts import opening, write_json, write_whole, writing
 from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
-from ldm.encoders import posterior_moments
+from ldm.encode.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.evaluate import Judged, Prompt
 from ldm.first_stage.vae import build_vae, reconstruct
-from ldm.gate import Decision, judge
-from ldm.gate import verdict as gate_verdict
 from ldm.images import decode_image, encode_png, psnr
 from ldm.ingest.report import report as ingest_report
 from ldm.ingest.report import write_skipped
 from ldm.ingest.rows import Row, Skip
 from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
-from ldm.registry import Standing
-from ldm.report import read_curves, report
-from ldm.report_chart import NARROW, WIDE, Curves, charts, smooth, ticks
-from ldm.report_verdict import change, comparison, figure, percent
+from ldm.registry.gate import Decision, judge
+from ldm.registry.gate import verdict as gate_verdict
+from ldm.registry.standing import Standing
+from ldm.report.chart import NARROW, WIDE, Curves, charts, smooth, ticks
+from ldm.report.stage import read_curves, report
+from ldm.report.verdict import change, comparison, figure, percent
 from ldm.scenes.lists import prompts as scene_prompts
 from ldm.scenes.lists import read_description, scene_of
 from ldm.scenes.reader import mismatch, read_scene
@@ -372,7 +372,7 @@ def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
             asked.append(digest)
             return answer
 
-        monkeypatch.setattr(ldm.registry, "standing", stub)
+        monkeypatch.setattr(ldm.registry.standing, "standing", stub)
         page = made.report(tmp_path / "report", Registry(tracking_uri=f"sqlite:///{database}"))
         assert asked == [opening(made.root / "model", "model", "train").digest]
         return words(page)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-import ldm.train
-import ldm.trainer
+import ldm.train.stage
+import ldm.train.trainer
 from ldm.artifacts import digest_tree
 from ldm.errors import UserError
-from ldm.objective import Objective
 from ldm.run_log import LOG, RunLog, entries
-from ldm.training_state import TrainingState
+from ldm.train.objective import Objective
+from ldm.train.state import TrainingState
 from tests.disk import room_for
 from tests.test_train import read_log, run_here, weights
 
@@ -52,7 +52,7 @@ def test_a_stop_within_validation_leaves_it_to_the_next_start(
     undisturbed: dict[str, str],
     at: int,
 ) -> None:
-    whole, calls = ldm.trainer.validation_loss, []
+    whole, calls = ldm.train.trainer.validation_loss, []
 
     def stopped(*arguments: Any, **options: Any) -> dict[str, Any] | None:
         calls.append(1)
@@ -60,7 +60,7 @@ def test_a_stop_within_validation_leaves_it_to_the_next_start(
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(ldm.trainer, "validation_loss", stopped)
+    monkeypatch.setattr(ldm.train.trainer, "validation_loss", stopped)
     with pytest.raises(SystemExit, match="143"):
         run_here(pipeline, latents, tmp_path, **EVERY)
     monkeypatch.undo()
@@ -171,7 +171,7 @@ def test_a_scaler_may_search_for_its_scale(
 
 def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:
     """Have gradients scaled, first by 8, as in float16 on a GPU; greater scales overflow."""
-    made, whole = ldm.train.accelerator_for, Objective.loss
+    made, whole = ldm.train.stage.accelerator_for, Objective.loss
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
 
     def accelerator_for(*arguments: Any) -> Any:
@@ -187,7 +187,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:
             each.register_hook(lambda gradient: gradient * torch.inf)
         return each
 
-    monkeypatch.setattr(ldm.train, "accelerator_for", accelerator_for)
+    monkeypatch.setattr(ldm.train.stage, "accelerator_for", accelerator_for)
     monkeypatch.setattr(Objective, "loss", loss)
 
 

@@ -12,7 +12,7 @@ from ldm import checkpoint
 from ldm.artifacts import opening
 from ldm.config import Pretrained, Train
 from ldm.errors import UserError
-from ldm.train import train
+from ldm.train.stage import train
 from tests.launched import SHORT
 
 HALF = {**SHORT, "mixed_precision": "no", "checkpoint_every": 6, "keep_checkpoints": 9}

@@ -20,14 +20,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import ldm.launch
-import ldm.train
+import ldm.train.stage
 from ldm.artifacts import digest_file
 from ldm.checkpoint import folders
 from ldm.config import Params, Section, Train
-from ldm.data import Batch, TrainingBatches
 from ldm.denoiser import load_scheduler_config
 from ldm.models import Source
-from ldm.train import settled_training
+from ldm.train.data import Batch, TrainingBatches
+from ldm.train.stage import settled_training
 from tests import test_kills, test_lora, test_memory, test_options, test_train
 from tests.test_train import read_log, run_here, weights
 
@@ -169,7 +169,7 @@ def test_the_launcher_is_told_whom_to_start_and_whether_to_show_it(
 def test_auto_precision_is_what_the_hardware_computes(
     monkeypatch: pytest.MonkeyPatch, able: bool, precision: str
 ) -> None:
-    monkeypatch.setattr(ldm.train, "has_bfloat16", lambda _: able)
+    monkeypatch.setattr(ldm.train.stage, "has_bfloat16", lambda _: able)
     cpu = torch.device("cpu")
     assert settled_training(Train(mixed_precision="auto"), cpu).mixed_precision == precision
     for named in ("bf16", "no"):
@@ -258,8 +258,8 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
         return accelerator
 
-    monkeypatch.setattr(ldm.train, "_check_cpu", lambda _: None)
-    monkeypatch.setattr(ldm.train, "accelerator_for", accelerator_for)
+    monkeypatch.setattr(ldm.train.stage, "_check_cpu", lambda _: None)
+    monkeypatch.setattr(ldm.train.stage, "accelerator_for", accelerator_for)
 
 
 @pytest.mark.usefixtures("scaled")

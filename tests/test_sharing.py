@@ -28,14 +28,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
-from ldm import encoded
 from ldm.artifacts import digest_tree, opening
-from ldm.encoded import Encoded
+from ldm.encode import encoded
+from ldm.encode.encoded import Encoded
+from ldm.encode.latent_shards import Captions
+from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
-from ldm.latent_shards import Captions
 from ldm.latents import text_key
 from ldm.launch import processes_of
-from ldm.sharing import Sharing
 from tests.encoding import ROOT, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
 
@@ -272,7 +272,7 @@ def workers_of(process: Popen[str]) -> list[psutil.Process]:
     workers = []
     for child in psutil.Process(process.pid).children():
         with suppress(psutil.NoSuchProcess):
-            workers += [child] if "ldm.encode" in child.cmdline() else []
+            workers += [child] if "ldm.encode.stage" in child.cmdline() else []
     return workers
 
 

@@ -11,7 +11,7 @@ from ldm.artifacts import MANIFEST
 from ldm.cli import main
 from ldm.config import Encode
 from ldm.errors import UserError
-from ldm.stale import expect_current
+from ldm.train.stale import expect_current
 from tests.encoding import ROOT, Project, Rows, in_shards, picture, write_images
 
 ROWS: Rows = {f"{row:08d}": (picture(row), f"caption {row}") for row in range(6)}

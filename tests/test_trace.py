@@ -12,20 +12,21 @@ import pytest
 
 from ldm.artifacts import MANIFEST, opening, writing
 from ldm.config import Encode, Params, Pretrained, Registry
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.ingest.report import write_skipped
 from ldm.ingest.rows import Row, Skip, key_of
 from ldm.latents import TEXT_MEMBERS, text_key
 from ldm.params import load_params
-from ldm.registered import trained_on
-from ldm.registry import promote, register
+from ldm.registry.promotion import promote
+from ldm.registry.register import register
 from ldm.scenes.lists import scene_of
 from ldm.scenes.render import draw
 from ldm.shards import ShardReader, writing_shard
 from ldm.trace import trace
 from ldm.tracking import connection
+from ldm.tracking.registered import trained_on
 from tests.served import write_list
 from tests.test_registry import evaluation_of, model_of
 

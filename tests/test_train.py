@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
 from ldm.config import Encode, Pretrained, Sampling, Train
-from ldm.encode import encode
+from ldm.encode.stage import encode
 from ldm.errors import UserError
-from ldm.live import metrics_of
 from ldm.models import Source
-from ldm.report import read_curves
+from ldm.report.stage import read_curves
 from ldm.sampling import Painter, Request
-from ldm.train import train
-from ldm.validation import by_band
+from ldm.tracking.live import metrics_of
+from ldm.train.stage import train
+from ldm.train.validation import by_band
 from tests.encoding import Project, in_shards, picture, write_images
 from tests.launched import SHORT, launch, wait_for
 

@@ -26,12 +26,12 @@ from ldm.checkpoint import (
 from ldm.config import PartTraining
 from ldm.errors import UserError
 from ldm.images import encode_png
-from ldm.live import Live
+from ldm.learning_rate import rate_factor
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
-from ldm.schedule import rate_factor
 from ldm.termination import Termination, taken_over
+from ldm.tracking.live import Live
 
 SHEETS = "reconstructions"
 KEPT = 2

@@ -29,16 +29,16 @@ from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import compared, reconstruct, train_vae
 from ldm.images import decode_image, encode_png, psnr
-from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.models import digest_weights
 from ldm.pipeline_folder import forget_origin
 from ldm.progress import say
 from ldm.run_log import LOG
 from ldm.shards import ShardReader
+from ldm.tracking.live import LOCK, Live
 
 PARTS = ("vae", "clip", "layout")
-DECIDING = ("clip_score", "device", "images", "nn/attention", "schedule", "text")
+DECIDING = ("clip_score", "device", "images", "learning_rate", "nn/attention", "text")
 """Modules that decide what is trained, besides those of this package."""
 CANDIDATES = 100
 """Captions among which retrieval picks."""

@@ -1,6 +1,5 @@
-"""MLflow: connecting to it, its runs, versions of a model.
+"""MLflow: connecting to it, its runs, versions of a model; a training as it goes.
 
-Besides :mod:`ldm.registry`, :mod:`ldm.registered`, and :mod:`ldm.serving` that MLflow itself runs,
-nothing imports mlflow. It is imported late: it reads its settings, telemetry among them, while it
-is imported.
+Nothing but this and :mod:`ldm.registry` imports mlflow. It is imported late: it reads its settings,
+telemetry among them, while it is imported.
 """

@@ -15,6 +15,10 @@ PIPELINE = "pipeline"
 """The logged model's artifact that is the pipeline folder."""
 MODEL_DIGEST = "model_digest"
 """Tag of a version: the digest of its pipeline folder's manifest."""
+EVAL_DIGEST, PROMPTS, SAMPLING = "eval_digest", "prompts_digest", "sampling_digest"
+"""Tags of a version: what judged it, on which prompts, with which settings."""
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+"""Aliases of a version: registered last, in use, in use before."""
 Metrics = dict[str, float]
 
 

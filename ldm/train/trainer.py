@@ -12,25 +12,25 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ldm import fsdp
 from ldm.cache import LatentCache
 from ldm.config import Train
-from ldm.data import Batch, TrainingBatches, one_ahead
 from ldm.denoiser import Denoiser, trained
-from ldm.draws import DROPOUT, counter_based
-from ldm.ema import Ema
 from ldm.errors import UserError
-from ldm.live import Live
-from ldm.objective import Objective
-from ldm.optimizers import make_optimizer
+from ldm.learning_rate import rate_factor
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
-from ldm.sample_sheet import SampleSheet, sheet_name
 from ldm.saver import Saver
-from ldm.schedule import rate_factor
 from ldm.termination import Termination, ignore
-from ldm.training_state import TrainingState
-from ldm.validation import validation_loss
+from ldm.tracking.live import Live
+from ldm.train import fsdp
+from ldm.train.data import Batch, TrainingBatches, one_ahead
+from ldm.train.draws import DROPOUT, counter_based
+from ldm.train.ema import Ema
+from ldm.train.objective import Objective
+from ldm.train.optimizers import make_optimizer
+from ldm.train.sample_sheet import SampleSheet, sheet_name
+from ldm.train.state import TrainingState
+from ldm.train.validation import validation_loss
 
 
 class Trainer:
@@ -39,7 +39,7 @@ class Trainer:
     What of ``denoiser`` wants gradients is trained in place; ``ema`` holds the averages. A run
     without a checkpoint starts from the newest one of ``earlier``, another run, if that is given.
     The main process draws ``sheet`` now and then and tells ``live`` of all figures, where they are
-    given. ``sharded`` spreads all that over the processes (see :mod:`ldm.fsdp`).
+    given. ``sharded`` spreads all that over the processes (see :mod:`ldm.train.fsdp`).
     """
 
     def __init__(

@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch.nn import functional as F
 
-from ldm.data import Batch
 from ldm.diffusion import Levels, add_noise, snr_weights, target
 from ldm.errors import UserError
+from ldm.train.data import Batch
 
 
 @dataclass(frozen=True)

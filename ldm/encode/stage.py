@@ -22,16 +22,16 @@ import numpy as np
 from ldm.artifacts import Manifest, opening, writing
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of, keep_large_memory
-from ldm.encoded import Encoded, mended
-from ldm.encoders import Encoder, picture_encoder, text_encoder
+from ldm.encode.encoded import Encoded, mended
+from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
+from ldm.encode.latent_shards import Captions, PictureShard, Shard, TextShard
+from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
-from ldm.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.locks import held
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
 from ldm.request import serve
 from ldm.shards import ShardReader
-from ldm.sharing import Sharing
 
 SPLITS = ("train", "validation")
 PICTURES, TEXTS = "pictures", "texts"
@@ -209,7 +209,7 @@ def write_shards(
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.encode``."""
+    """Entry of ``accelerate launch -m ldm.encode.stage``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
     serve("encode", _asked)
 

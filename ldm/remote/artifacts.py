@@ -24,11 +24,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from ldm.artifacts import MANIFEST, Manifest, digest_file, write_whole
-from ldm.bucket import Bucket, each
-from ldm.copies import Copies
 from ldm.errors import UserError
 from ldm.locks import held
 from ldm.progress import say
+from ldm.remote.bucket import Bucket, each
+from ldm.remote.copies import Copies
 
 Location = Path | str
 """A folder, or a URL that fsspec understands: ``s3://bucket/latents``."""

@@ -1,4 +1,4 @@
-"""What the report's page says: facts in, one HTML document out. The markup is ``report.html``.
+"""What the report's page says: facts in, one HTML document out. The markup is ``page.html``.
 
 Styles and charts are inline, pictures are data URIs; the page's own policy forbids the rest.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ldm.report_chart import NARROW, WIDE, Curves, charts
-from ldm.report_verdict import Line, Verdict, change, figure, percent
+from ldm.report.chart import NARROW, WIDE, Curves, charts
+from ldm.report.verdict import Line, Verdict, change, figure, percent
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def render(page: Page) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "figure": figure, "change": change}
-    markup = (resources.files("ldm") / "report.html").read_text("utf-8")
+    markup = (resources.files("ldm.report") / "page.html").read_text("utf-8")
     # Numbers and words of our own only: nothing in them needs escaping.
     wide, narrow = ([Markup(one) for one in charts(page.curves, width)] for width in (WIDE, NARROW))
     return environment.from_string(markup).render(page=page, wide=wide, narrow=narrow)

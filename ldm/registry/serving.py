@@ -83,7 +83,7 @@ def store_model(folder: Path, sampling: Sampling) -> str:
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("pretrained", "__pycache__"))
         info = mlflow.pyfunc.log_model(
             name=PIPELINE,
-            python_model=str(package / "serving.py"),
+            python_model=__file__,
             artifacts={PIPELINE: str(folder.absolute())},
             code_paths=[str(code)],
             pip_requirements=requirements(),

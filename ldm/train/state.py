@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ldm import fsdp
 from ldm.checkpoint import Checkpoint, newest, optimizer_tensors, restore_optimizer
 from ldm.denoiser import Denoiser, trained
-from ldm.ema import Ema
 from ldm.errors import UserError
+from ldm.train import fsdp
+from ldm.train.ema import Ema
 
 
 @dataclass(frozen=True)

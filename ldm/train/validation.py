@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from ldm.cache import LatentCache
-from ldm.data import validation_batches
 from ldm.denoiser import Denoiser
-from ldm.objective import Objective
 from ldm.termination import Termination
+from ldm.train.data import validation_batches
+from ldm.train.objective import Objective
 
 BANDS = 4
 """Equal parts of the timesteps, from the least noisy, that the loss is told apart by."""

@@ -24,15 +24,15 @@ from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
-from ldm.report_chart import Curves
-from ldm.report_page import Group, Link, Page, Picture, Reconstruction, Sample, render
-from ldm.report_verdict import GROUPS, compared_with, comparison, registered, verdict
+from ldm.report.chart import Curves
+from ldm.report.page import Group, Link, Page, Picture, Reconstruction, Sample, render
+from ldm.report.verdict import GROUPS, compared_with, comparison, registered, verdict
 from ldm.run_log import LOG, entries
 from ldm.shards import ShardReader
 from ldm.tracking.connection import may_exist, tracking_uri
 
 if TYPE_CHECKING:
-    from ldm.registry import Standing
+    from ldm.registry.standing import Standing
 
 PAGE = "index.html"
 SHOWN, MEASURED, BATCH = 8, 64, 8
@@ -98,7 +98,7 @@ def _standing(registry: Registry, model_digest: str) -> Standing | None:
     """What the registry knows of the model."""
     if not may_exist(tracking_uri(registry.tracking_uri)):
         return None
-    from ldm.registry import standing
+    from ldm.registry.standing import standing
 
     return standing(registry, model_digest)
 

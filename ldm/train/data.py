@@ -1,6 +1,6 @@
 """Cached latents to training batches, each a pure function of the seed and a step number.
 
-A run consumes *positions* 0, 1, 2, ...: which sample a position shows, :mod:`ldm.order` says.
+A run consumes *positions* 0, 1, 2, ...: which sample a position shows, :mod:`ldm.train.order` says.
 Posterior sample, noise, timestep and caption dropout come from a counter-based generator keyed by
 (seed, position). Worker, rank, batch split and process state play no part, so a run resumes from
 one integer.
@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.cache import LatentCache
-from ldm.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
-from ldm.order import Order, by_shape
+from ldm.train.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
+from ldm.train.order import Order, by_shape
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 BELOW_ONE = math.nextafter(1.0, 0.0)

@@ -182,6 +182,13 @@ def note_dead(registry: Registry, client: MlflowClient | None = None) -> None:
         say(f"MLflow: runs that died are not marked as such ({connection.first_line(error)})")
 
 
+def connected(registry: Registry) -> MlflowClient:
+    """A client; trainings that died are seen as such by whoever looks on."""
+    client = connection.connect(connection.tracking_uri(registry.tracking_uri))
+    note_dead(registry, client)
+    return client
+
+
 def _is_dead(tags: Mapping[str, str]) -> bool:
     """Whether the run with these tags is no longer trained.
 

@@ -9,6 +9,8 @@ from statistics import fmean
 from ldm.config import Gate
 from ldm.errors import UserError
 
+GATE = "gate.json"
+"""A decision, in the run of the version that it is about."""
 START = "start"
 MEAN = "mean of "
 # Changes are rounded, or 0.8 - 0.7 would be no rise by 0.1.
@@ -98,3 +100,9 @@ def verdict(rows: Sequence[Row], against: str) -> tuple[bool, str]:
         if row.rule
     ]
     return not failed, "; ".join(told) or "the gate has no rules"
+
+
+def starting(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The starting model's metrics, under their plain names."""
+    marked = {name for name in metrics if name.startswith(f"{START}.")}
+    return {name.removeprefix(f"{START}."): metrics[name] for name in marked}

@@ -19,11 +19,11 @@ from ldm.artifacts import digest_file, digest_json, write_json, write_whole
 from ldm.batches import parts
 from ldm.device import settled_sampling
 from ldm.errors import UserError
+from ldm.generate.prompts import Wish, rows, wish
 from ldm.images import encode_png
 from ldm.locks import held
 from ldm.models import digest_weights, locate
 from ldm.progress import progress, say
-from ldm.prompts import Wish, rows, wish
 from ldm.sampling import Painter, Request
 from ldm.shards import ShardWriter
 from ldm.text import cut_off

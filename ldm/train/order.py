@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.draws import BUCKETS, ORDER, counter_based
+from ldm.train.draws import BUCKETS, ORDER, counter_based
 
 
 def by_shape(shapes: np.ndarray) -> list[np.ndarray]:

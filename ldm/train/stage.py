@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
-from ldm import checkpoint, fsdp
+from ldm import checkpoint
 from ldm.artifacts import digest_file, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
@@ -28,28 +28,29 @@ from ldm.denoiser import Denoiser, load_model
 from ldm.device import device_of, has_bfloat16, only_deterministic, plain_attention
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
-from ldm.live import LOCK, Live
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
 from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
-from ldm.objective import Objective
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
 from ldm.request import serve
 from ldm.run_log import LOG, last_val_loss
-from ldm.runs import RUN, Identity, continued, describe, folder_of, unfinished
-from ldm.sample_sheet import SampleSheet
-from ldm.starting_point import starting_point
 from ldm.termination import Termination, taken_over
-from ldm.trainer import Trainer
+from ldm.tracking.live import LOCK, Live
+from ldm.train import fsdp
+from ldm.train.objective import Objective
+from ldm.train.runs import RUN, Identity, continued, describe, folder_of, unfinished
+from ldm.train.sample_sheet import SampleSheet
+from ldm.train.starting_point import starting_point
+from ldm.train.trainer import Trainer
 from ldm.unet import Network, shape_of
 
 DECIDING = (
-    *("cache", "data", "denoiser", "device", "diffusion", "draws", "ema", "latents", "lora"),
-    *("fsdp", "objective", "optimizers", "order", "schedule", "trainer", "training_state", "unet"),
-    "validation",
+    *("cache", "denoiser", "device", "diffusion", "latents", "learning_rate", "lora", "unet"),
+    *("train/data", "train/draws", "train/ema", "train/fsdp", "train/objective", "train/order"),
+    *("train/optimizers", "train/state", "train/trainer", "train/validation"),
 )
-"""Modules, besides ``ldm.nn``."""
+"""Modules of ``ldm``, besides ``ldm.nn``, that decide what a step does."""
 
 
 def train(
@@ -206,8 +207,8 @@ def accelerator_for(config: Train, device: torch.device) -> Accelerator:
 
 def _code() -> list[str]:
     """Digests of the files that decide what a step does."""
-    here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in DECIDING), *sorted((here / "nn").glob("*.py"))]
+    ldm = Path(__file__).parent.parent
+    files = [*(ldm / f"{name}.py" for name in DECIDING), *sorted((ldm / "nn").glob("*.py"))]
     return [digest_file(file) for file in files]
 
 
@@ -237,7 +238,7 @@ def _check_batch(config: Train, processes: int) -> None:
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.train``."""
+    """Entry of ``accelerate launch -m ldm.train.stage``."""
     serve("train", _asked)
 
 

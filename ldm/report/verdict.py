@@ -10,12 +10,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ldm.config import Gate
-from ldm.gate import MEAN, START, judge
-from ldm.registry import CHAMPION
+from ldm.registry.gate import MEAN, START, judge
+from ldm.tracking.versions import CHAMPION
 
 if TYPE_CHECKING:
-    from ldm.gate import Decision, Row
-    from ldm.registry import Standing
+    from ldm.registry.gate import Decision, Row
+    from ldm.registry.standing import Standing
 
 Values = Mapping[str, float]
 

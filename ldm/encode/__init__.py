@@ -1,0 +1,1 @@
+"""Pictures to posterior moments and captions to hidden states, once."""

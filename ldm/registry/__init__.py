@@ -1,0 +1,1 @@
+"""A model's way: registered, judged by the gate, champion, served."""
