@@ -42,6 +42,15 @@ def test_any_position_can_be_read_first(latents: Path) -> None:
     assert not torch.equal(straight[18].noise, straight[19].noise)
 
 
+def test_who_asks_for_a_steps_keys_leaves_the_thread_alone_that_makes_batches(
+    latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = batches(LatentCache(latents, "train"))
+    shown = [made.cache.key(made.order.sample(position)) for position in range(400, 408)]
+    monkeypatch.setattr(made.order, "sample", None)
+    assert made.keys(50) == shown
+
+
 def test_timesteps_are_even_over_any_stretch() -> None:
     drawn = np.array([spread_share(7, position) for position in range(512, 1024)])
     counts, _ = np.histogram(drawn, bins=8, range=(0, 1))

@@ -99,8 +99,9 @@ class TrainingBatches(Dataset[Batch]):
         """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
         places = np.arange(self.accumulation * self.batch_size)
         by_process = places.reshape(self.accumulation, self.processes, self.share).swapaxes(0, 1)
-        first = step * len(places)
-        return [self.cache.key(self.order.sample(first + int(at))) for at in by_process.flat]
+        # Of its own: a thread asks the other one meanwhile, for the next batch.
+        order, first = Order(self.cache.shapes, self.seed, len(places)), step * len(places)
+        return [self.cache.key(order.sample(first + int(at))) for at in by_process.flat]
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
