@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bench.compare import compare
-from ldm.denoiser import load_unet
 from ldm.device import autocast, device_of, plain_attention
 from ldm.models import locate
+from ldm.pipeline import load_unet
 from ldm.unet import denoise, from_scratch
 
 SD_BLOCK = {

@@ -33,12 +33,12 @@ from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
 from ldm.denoiser import Denoiser
 from ldm.device import device_of, plain_attention
+from ldm.noise_schedule import fresh_schedule
 from ldm.run_log import LOG, RunLog
 from ldm.termination import Termination
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
 from ldm.train.stage import accelerator_for, settled_training
-from ldm.train.starting_point import fresh_schedule
 from ldm.train.trainer import Trainer
 from ldm.unet import Network, denoise, from_scratch
 

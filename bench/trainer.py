@@ -25,9 +25,11 @@ from bench.compare import compare
 from bench.loops import bare, encoding
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
-from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
+from ldm.denoiser import Denoiser
 from ldm.device import autocast, device_of, plain_attention
 from ldm.models import load_encoders, locate
+from ldm.noise_schedule import load_schedule
+from ldm.pipeline import load_unet
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
 from ldm.termination import Termination
@@ -64,7 +66,7 @@ def main() -> None:
 def trainer_in(run: Path) -> Trainer:
     """The trainer of ``ldm train`` with its default settings, but for the last step."""
     config = settled_training(Train(batch_size=BATCH, steps=10**6), DEVICE)
-    schedule = load_scheduler_config(SOURCE)
+    schedule = load_schedule(SOURCE)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     cache, held_out = (LatentCache(LATENTS, split) for split in ("train", "validation"))
     denoiser = Denoiser(load_unet(SOURCE))

@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 
+from ldm.errors import UserError
+
 FLOW = "flow_prediction"
+PREDICTIONS = ("epsilon", "v_prediction", FLOW)
+POWERS = {"linear": 1.0, "scaled_linear": 0.5}
+COSINE = "squaredcos_cap_v2"
 
 
 def betas(schedule: Mapping[str, Any]) -> torch.Tensor:
@@ -26,12 +31,18 @@ def betas(schedule: Mapping[str, Any]) -> torch.Tensor:
 
     ``linear``: DDPM, section 4; ``scaled_linear``: latent diffusion (arXiv:2112.10752), linear in
     the square root; ``squaredcos_cap_v2``: improved DDPM (arXiv:2102.09672, eq. 17), capped.
+    UserError for others.
     """
     steps, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
-    if kind == "squaredcos_cap_v2":
+    if schedule.get("trained_betas") is not None:
+        kind = "trained_betas"
+    if kind == COSINE:
         found = _cosine_betas(steps)
+    elif kind not in POWERS:
+        known = ", ".join((*POWERS, COSINE))
+        raise UserError(f"scheduler: {kind} is not known here; give a model with one of {known}")
     else:
-        power = {"linear": 1.0, "scaled_linear": 0.5}[kind]
+        power = POWERS[kind]
         low, high = schedule["beta_start"] ** power, schedule["beta_end"] ** power
         found = torch.linspace(low, high, steps, dtype=torch.float64) ** (1 / power)
     return zero_terminal_snr(found) if schedule.get("rescale_betas_zero_snr") else found

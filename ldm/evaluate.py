@@ -13,7 +13,6 @@ import numpy as np
 from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whole, writing
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
-from ldm.denoiser import load_unet
 from ldm.device import device_of, settled_sampling
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
@@ -27,6 +26,7 @@ from ldm.models import (
     locate_clip,
     starting_model,
 )
+from ldm.pipeline import load_unet
 from ldm.progress import progress, say
 from ldm.run_log import last_val_loss
 from ldm.sampling import Painter, Request

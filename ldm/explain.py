@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ldm.artifacts import write_whole
+from ldm.autoencoder import decode, encode, pixels_a_latent
 from ldm.config import Sampling
 from ldm.diffusion import Levels, add_noise
 from ldm.errors import UserError
@@ -52,7 +53,7 @@ def explain(
 def read_picture(path: Path, painter: Painter) -> np.ndarray:
     """A picture file, cropped to the middle, at the model's own size: uint8 (h, w, 3)."""
     rows, columns = painter.latent_size(None, None)
-    scale = painter.pixels_a_latent
+    scale = pixels_a_latent(painter.vae)
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -64,14 +65,14 @@ def read_picture(path: Path, painter: Painter) -> np.ndarray:
 @torch.inference_mode()
 def forward(painter: Painter, pixels: np.ndarray, seed: int) -> list[np.ndarray]:
     """The picture with 0, 5, ... 100 % of the way to noise behind it: STEPS + 1 frames."""
-    latents = painter.encode(to_model(pixels[None]))
+    latents = encode(painter.vae, to_model(pixels[None]))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     levels = Levels.of(painter.schedule)
-    frames = [to_pixels(painter.decode(latents))[0]]
+    frames = [to_pixels(decode(painter.vae, latents))[0]]
     for step in range(1, STEPS + 1):
         timestep = torch.tensor([step * len(levels) // STEPS - 1])
         noisy = add_noise(levels, latents, noise.to(latents), timestep)
-        frames.append(to_pixels(painter.decode(noisy))[0])
+        frames.append(to_pixels(decode(painter.vae, noisy))[0])
     return frames
 
 
@@ -79,7 +80,7 @@ def reverse(painter: Painter, prompt: str, seed: int) -> list[np.ndarray]:
     """Noise, and what each of STEPS steps leaves of it: STEPS + 1 frames."""
     sampling = Sampling(sampler="ddim", steps=STEPS)
     walk = painter.trajectory([Request(prompt, seed)], sampling)
-    return [to_pixels(painter.decode(latents))[0] for latents in walk]
+    return [to_pixels(decode(painter.vae, latents))[0] for latents in walk]
 
 
 def animation(frames: list[np.ndarray]) -> bytes:

@@ -1,4 +1,4 @@
-"""A trained model as a folder in Stable Diffusion layout, which diffusers opens as it is."""
+"""A whole model: encoders, UNet and noise schedule; loaded, and saved as diffusers opens it."""
 
 from __future__ import annotations
 
@@ -7,41 +7,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from ldm import checkpoint
 from ldm.artifacts import write_json
-from ldm.diffusion import FLOW
-from ldm.models import Encoders
-from ldm.unet import Network, as_diffusers
+from ldm.config import Lora
+from ldm.denoiser import Denoiser
+from ldm.errors import UserError
+from ldm.lora import Adapters, Base
+from ldm.models import Encoders, Source, digest_weights, load_encoders, load_part, locate
+from ldm.noise_schedule import leave_open, load_schedule, scheduler_of
+from ldm.unet import Network, as_diffusers, run_by
+
+
+def load_unet(source: Source, network: str = "ldm") -> Network:
+    """The UNet, float32, run by our code or by ``diffusers``'."""
+    unet = load_part(UNet2DConditionModel, source, "unet", torch_dtype=torch.float32)
+    return run_by(network, unet)
+
+
+def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network, dict[str, Any]]:
+    """Encoders, UNet and scheduler configuration of a pipeline or of a training's checkpoint.
+
+    A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
+    """
+    folder = Path(source.location)
+    if not (folder / checkpoint.STATE).is_file():
+        return load_encoders(source), load_unet(source, network), load_schedule(source)
+    model, weights = checkpoint.averaged(folder)
+    encoders = load_encoders(locate(model.pipeline, model.revision))
+    if model.lora is not None:
+        return encoders, _adapted(Base(**model.lora), weights, network), model.schedule
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(model.unet)
+    trains_text = any(name.startswith("text_encoder.") for name in weights)
+    text_encoder = encoders.text_encoder if trains_text else None
+    Denoiser(unet, text_encoder).load_state_dict(weights, assign=True)
+    return encoders, run_by(network, unet), model.schedule
+
+
+def _adapted(base: Base, weights: checkpoint.Tensors, network: str) -> Network:
+    """The network that adapters were trained beside, with ``weights``, theirs, merged into it."""
+    unet = load_unet(locate(base.name, base.revision), network)
+    if digest_weights(unet) != base.digest:
+        raise UserError(
+            f"{base.name}: has another UNet than the one that the checkpoint's adapters were "
+            "trained beside; put that one back, or train again"
+        )
+    adapters = Adapters(unet, Lora.model_validate(base.lora))
+    Denoiser(unet).restore(weights)
+    return adapters.merge()
 
 
 def save_pipeline(
     folder: Path, encoders: Encoders, unet: Network, schedule: dict[str, Any]
 ) -> None:
     """Write the UNet with the encoders it was trained for and its own noise schedule."""
-    # With this scheduler StableDiffusionPipeline draws, whatever the network predicts. It sets an
-    # offset of 1 itself, and no clipping, which is for pixels, with pages of warnings.
-    of_flow = {"use_flow_sigmas": schedule["prediction_type"] == FLOW}
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        {"steps_offset": 1, **schedule, **of_flow, "clip_sample": False}
-    )
     pipeline = StableDiffusionPipeline(
         vae=encoders.vae,
         text_encoder=encoders.text_encoder,
         tokenizer=encoders.tokenizer,
         unet=as_diffusers(unet.to(torch.float32)),
-        scheduler=scheduler,
+        scheduler=scheduler_of(schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     forget_origin(folder)
-    if "timestep_spacing" not in schedule:
-        written = folder / "scheduler" / "scheduler_config.json"
-        content = json.loads(written.read_text())
-        del content["timestep_spacing"]
-        write_json(written, content)
+    leave_open(folder, schedule)
 
 
 def forget_origin(folder: Path) -> None:

@@ -13,13 +13,14 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ldm.autoencoder import decode, pixels_a_latent
 from ldm.batches import in_full_batches
 from ldm.config import Sampling
-from ldm.denoiser import load_model
 from ldm.device import autocast, device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
 from ldm.models import Source
+from ldm.pipeline import load_model
 from ldm.schedulers import Sampler, make_sampler
 from ldm.text import tokenize
 from ldm.unet import Network, denoise
@@ -87,7 +88,7 @@ class Painter:
 
         def run(batch: list[Request]) -> np.ndarray:
             latents = deque(self.trajectory(batch, sampling, height, width), maxlen=1).pop()
-            return to_pixels(self.decode(latents))
+            return to_pixels(decode(self.vae, latents))
 
         size, at_a_time = min(sampling.batch_size, len(requests)), 1
         if self.device.type == "cpu":
@@ -135,33 +136,15 @@ class Painter:
         return make_sampler(name, self.schedule, steps, sampling.implementation)
 
     @torch.inference_mode()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] to the mean of their posterior, scaled."""
-        mean = self.vae.encode(images.to(self.device)).latent_dist.mean
-        shift = self.vae.config.shift_factor or 0.0
-        return (mean - shift) * self.vae.config.scaling_factor
-
-    @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents to pictures in about [-1, 1]: float (n, 3, 8 h, 8 w)."""
-        shift = self.vae.config.shift_factor or 0.0
-        return self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
-
-    @torch.inference_mode()
     def text_states(self, texts: Sequence[str]) -> torch.Tensor:
         """Hidden states of shape (n, tokens, width)."""
         ids = tokenize(self.tokenizer, texts).to(self.device)
         states: torch.Tensor = self.text_encoder(ids).last_hidden_state
         return states
 
-    @property
-    def pixels_a_latent(self) -> int:
-        """How many pixels a latent stands for, along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent rows and columns of a picture of this many pixels, by default the model's own."""
-        scale = self.pixels_a_latent
+        scale = pixels_a_latent(self.vae)
         side = self.unet.config.sample_size * scale
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels % scale or not 1 <= pixels <= LARGEST * side):

@@ -19,7 +19,7 @@ from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import build_vae
 from ldm.images import encode_png
 from ldm.models import Source, load_encoders
-from ldm.pipeline_folder import save_pipeline
+from ldm.pipeline import save_pipeline
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
 from ldm.shards import ShardWriter

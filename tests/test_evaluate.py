@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ldm.config import Evaluate, EvaluationSampling, Pretrained, Train
-from ldm.denoiser import load_unet
 from ldm.errors import UserError
 from ldm.evaluate import evaluate
 from ldm.images import decode_image
 from ldm.models import Source
+from ldm.pipeline import load_unet
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import prompts
 from ldm.train.stage import train

@@ -138,7 +138,7 @@ def test_latents_are_scaled_once() -> None:
     vae = build_vae(VaeTraining(widths=(8, 8, 8, 8), norm_groups=4), 64).eval()
     vae.register_to_config(scaling_factor=0.5)
     pixels = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
-    found = latents_of(vae, lambda numbers: pixels[numbers], 70, CPU)
+    found = latents_of(vae, lambda numbers: pixels[numbers], 70)
     with torch.no_grad():
         mean = vae.encode(to_model(pixels)).latent_dist.mean
     torch.testing.assert_close(found, 0.5 * mean)

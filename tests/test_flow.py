@@ -13,13 +13,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from ldm.artifacts import writing
 from ldm.config import Encode, NoiseSchedule, Pretrained, Sampling
-from ldm.denoiser import load_scheduler_config
 from ldm.diffusion import FLOW
 from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.explain import forward, reverse
 from ldm.images import encode_png, psnr
 from ldm.models import Source
+from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
@@ -27,7 +27,6 @@ from ldm.schedulers import make_sampler
 from ldm.shards import ShardWriter
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
-from ldm.train.starting_point import fresh_schedule
 from tests.test_train import read_log, run_here
 
 RANDOM = {"init": "random", "unet": {"widths": [16, 32], "head_width": 8, "norm_groups": 4}}
@@ -117,8 +116,8 @@ def test_a_flow_is_gone_on_with_as_a_flow(flow: Path, one_scene: Path, tmp_path:
     before = read_log(flow)[-1]["val_loss"]
     settings = {"init": str(flow), "steps": 2, "learning_rate": 1e-12}
     model = run_here(Path("tiny"), one_scene, tmp_path, **settings)
-    written = load_scheduler_config(Source(str(model)))
-    assert written == load_scheduler_config(Source(str(flow)))
+    written = load_schedule(Source(str(model)))
+    assert written == load_schedule(Source(str(flow)))
     assert written == fresh_schedule(NoiseSchedule(prediction="flow_prediction"))
     assert read_log(model)[-1]["val_loss"] == pytest.approx(before, rel=1e-3)
 
@@ -134,7 +133,7 @@ def flow_of_diffusers(flow: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_with_diffusers_scheduler_is_known_as_a_flow(flow_of_diffusers: Path) -> None:
-    schedule = load_scheduler_config(Source(str(flow_of_diffusers)))
+    schedule = load_schedule(Source(str(flow_of_diffusers)))
     assert schedule == {"num_train_timesteps": 1000, "prediction_type": FLOW, "flow_shift": 2.0}
 
 

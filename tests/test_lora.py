@@ -14,11 +14,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from ldm.config import Lora, Sampling
-from ldm.denoiser import load_unet
 from ldm.errors import UserError
 from ldm.lora import DIFFUSERS, KOHYA, Adapters
 from ldm.models import Source
 from ldm.params import load_params
+from ldm.pipeline import load_unet
 from ldm.sampling import Painter, Request
 from ldm.train.stage import train
 from ldm.unet import denoise

@@ -20,14 +20,13 @@ from safetensors.torch import load_file
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
 from ldm.config import NoiseSchedule, Train
-from ldm.denoiser import load_scheduler_config
 from ldm.errors import UserError
 from ldm.models import Source
 from ldm.nn.layers import ResidualBlock
+from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.params import load_params
 from ldm.train.data import TrainingBatches
 from ldm.train.objective import Objective
-from ldm.train.starting_point import fresh_schedule
 from tests.launched import launch
 from tests.test_train import read_log, run_here, weights
 
@@ -50,7 +49,7 @@ def test_zero_terminal_snr_reaches_training_and_folder(
     for zero in (False, True):
         settings = {**RANDOM, "steps": 1, "noise": {**noise, "zero_terminal_snr": zero}}
         model = run_here(pipeline, latents, tmp_path / str(zero), **settings)
-        schedules[zero] = load_scheduler_config(Source(str(model)))
+        schedules[zero] = load_schedule(Source(str(model)))
     assert float(Objective.of(schedules[True], None).levels.signal[-1]) == 0
     assert float(Objective.of(schedules[False], None).levels.signal[-1]) > 0.05
     assert differ(tmp_path / "False" / "model", tmp_path / "True" / "model")

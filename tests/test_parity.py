@@ -11,11 +11,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ldm.cache import LatentCache
 from ldm.config import Encode, Pretrained
-from ldm.denoiser import Denoiser, load_scheduler_config, load_unet
+from ldm.denoiser import Denoiser
 from ldm.encode.stage import encode
 from ldm.images import psnr, to_model, to_pixels
 from ldm.latents import IDS, STATES
 from ldm.models import load_text_encoder, load_vae, locate
+from ldm.noise_schedule import load_schedule
+from ldm.pipeline import load_unet
 from ldm.scenes.lists import caption_of
 from ldm.text import tokenize
 from ldm.train.data import Batch, TrainingBatches
@@ -42,7 +44,7 @@ def step_of(latents: Path, step: int, texts: str = STATES) -> Batch:
 
 def from_the_cache(latents: Path, texts: str, step: int) -> float:
     """The loss of a step as the trainer computes it."""
-    objective = Objective.of(load_scheduler_config(TINY), GAMMA)
+    objective = Objective.of(load_schedule(TINY), GAMMA)
     denoiser = Denoiser(load_unet(TINY), load_text_encoder(TINY)[1] if texts == IDS else None)
     return float(objective.loss(denoiser, step_of(latents, step, texts)).mean())
 

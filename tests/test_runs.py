@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,42 @@ def test_what_cannot_be_gone_on_with(
     earlier = run(pipeline, latents, tmp_path)
     with pytest.raises(UserError, match=message):
         run(pipeline, latents, tmp_path, resume=earlier, changed=True, **settings)
+
+
+def scheduler_of(pipeline: Path, **changes: object) -> None:
+    path = pipeline / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_another_noise_schedule_makes_another_run(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline, other)
+    earlier = run(other, latents, tmp_path, steps=2)
+    scheduler_of(other, beta_end=0.02)
+    with pytest.raises(UserError, match=r"trained otherwise \(another noise schedule\)"):
+        run(other, latents, tmp_path, resume=earlier, steps=2)
+    assert run(other, latents, tmp_path, steps=2) != earlier
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "sample"}, r"train\.init: .* predicts 'sample'; give one that"),
+        ({"beta_schedule": "sigmoid"}, "scheduler: sigmoid is not known here"),
+        ({"trained_betas": [0.1] * 1000}, "scheduler: trained_betas is not known here"),
+        ({"beta_schedule": "bent"}, "other: scheduler: bent is not implemented"),
+    ],
+)
+def test_a_noise_schedule_that_is_not_known_is_refused_before_the_first_step(
+    pipeline: Path, latents: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pipeline, other)
+    scheduler_of(other, **change)
+    with pytest.raises(UserError, match=message):
+        run(other, latents, tmp_path)
 
 
 def test_a_folder_that_is_no_run(pipeline: Path, latents: Path, tmp_path: Path) -> None:

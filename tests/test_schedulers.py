@@ -213,6 +213,11 @@ def test_a_schedule_that_ends_in_noise_alone_stays_finite(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (
+            {"beta_schedule": "sigmoid"},
+            "sigmoid is not known here; give",
+        ),
+        ({"timestep_spacing": "even"}, "timestep_spacing 'even' is not known"),
         ({"prediction_type": "sample"}, "prediction_type 'sample' is not known"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas is set"),
     ],

@@ -24,8 +24,8 @@ import ldm.train.stage
 from ldm.artifacts import digest_file
 from ldm.checkpoint import folders
 from ldm.config import Params, Section, Train
-from ldm.denoiser import load_scheduler_config
 from ldm.models import Source
+from ldm.noise_schedule import load_schedule
 from ldm.train.data import Batch, TrainingBatches
 from ldm.train.stage import settled_training
 from tests import test_kills, test_lora, test_memory, test_options, test_train
@@ -222,7 +222,7 @@ def test_from_random_weights_it_learns_to_predict_the_noise(
     settings = {**RANDOM, "noise": {"prediction": "epsilon"}, "snr_floor": 0.0}
     settings |= {"min_snr_gamma": None, "steps": 60, "learning_rate": 1e-2, "ema_decay": 0.9}
     model = run_here(pipeline, latents, tmp_path, **settings)
-    assert load_scheduler_config(Source(str(model)))["prediction_type"] == "epsilon"
+    assert load_schedule(Source(str(model)))["prediction_type"] == "epsilon"
     found = [line["val_loss"] for line in read_log(model) if "val_loss" in line]
     assert found[-1] < 0.6 * found[0]
 

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ldm.autoencoder import encode
 from ldm.config import LayoutTraining
 from ldm.device import autocast
 from ldm.first_stage.loop import Loop, Losses, Run, Trained
@@ -122,16 +123,13 @@ def layout_accuracy(
     return told_apart(tokenize(tokenizer, captions), scores)
 
 
-@torch.no_grad()
-def latents_of(
-    vae: AutoencoderKL, pictures: Batches, count: int, device: torch.device
-) -> torch.Tensor:
+def latents_of(vae: AutoencoderKL, pictures: Batches, count: int) -> torch.Tensor:
     """Posterior means of pictures 0 to ``count``, of about unit variance: float32 (n, c, h, w)."""
     found = []
     for start in progress(range(0, count, 64), "layout latents", -(-count // 64), "batches"):
         pixels = pictures(np.arange(start, min(start + 64, count)))
-        found.append(vae.encode(to_model(pixels).to(device)).latent_dist.mean.float().cpu())
-    return torch.cat(found) * vae.config.scaling_factor
+        found.append(encode(vae, to_model(pixels)).float().cpu())
+    return torch.cat(found)
 
 
 def _batches_by_length(of: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:

@@ -31,14 +31,22 @@ from ldm.first_stage.vae import compared, reconstruct, train_vae
 from ldm.images import decode_image, encode_png, psnr
 from ldm.locks import held
 from ldm.models import digest_weights
-from ldm.pipeline_folder import forget_origin
+from ldm.pipeline import forget_origin
 from ldm.progress import say
 from ldm.run_log import LOG
 from ldm.shards import ShardReader
 from ldm.tracking.live import LOCK, Live
 
 PARTS = ("vae", "clip", "layout")
-DECIDING = ("clip_score", "device", "images", "learning_rate", "nn/attention", "text")
+DECIDING = (
+    "autoencoder",
+    "clip_score",
+    "device",
+    "images",
+    "learning_rate",
+    "nn/attention",
+    "text",
+)
 """Modules that decide what is trained, besides those of this package."""
 CANDIDATES = 100
 """Captions among which retrieval picks."""
@@ -175,7 +183,7 @@ def _train(
     clip = train_clip(config.clip, tokenizer, training.pictures, captions, side, device, run)
     text_encoder, reader = text_encoder_of(clip), None
     if config.layout.steps:
-        latents = latents_of(vae, training.pictures, len(captions), device)
+        latents = latents_of(vae, training.pictures, len(captions))
         reader = train_layout(
             config.layout, text_encoder, tokenizer, latents, captions, device, run
         )
@@ -202,7 +210,7 @@ def _measure(
         "clip_order": order_accuracy(clip, tokenizer, pixels, captions, device),
     }
     if parts.reader is not None:
-        latents = latents_of(parts.vae, held_out.pictures, len(captions), device)
+        latents = latents_of(parts.vae, held_out.pictures, len(captions))
         measured["text_order"] = layout_accuracy(
             parts.text_encoder, parts.reader, tokenizer, latents, captions, device
         )

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from ldm.artifacts import opening
 from ldm.models import Source, load_text_encoder, tiny_folder
-from ldm.pipeline_folder import forget_origin
+from ldm.pipeline import forget_origin
 from ldm.quiet import quieten
 from ldm.run_log import LOG
 

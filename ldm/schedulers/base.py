@@ -52,9 +52,14 @@ class Sampler(ABC):
         self.prediction = str(schedule.get("prediction_type", "epsilon"))
         self.train_steps = int(schedule["num_train_timesteps"])
         if steps > self.train_steps:
-            raise UserError(f"steps {steps}: too many for a schedule of {self.train_steps}")
+            raise UserError(
+                f"steps {steps}: too many for a schedule of {self.train_steps}; ask for fewer"
+            )
         if self.prediction not in self.predictions:
-            raise UserError(f"scheduler: prediction_type {self.prediction!r} is not known")
+            raise UserError(
+                f"scheduler: prediction_type {self.prediction!r} is not known to this sampler; it "
+                f"follows {', '.join(self.predictions)}"
+            )
         for option in self.lacks:
             if schedule.get(option):
                 raise UserError(f"scheduler: {option} is set; use implementation diffusers")
@@ -102,11 +107,15 @@ def spaced(
     elif spacing == "leading":
         offset = float(schedule.get("steps_offset", 0))
         falling = np.arange(steps)[::-1] * (end // steps) + offset
-    else:
-        assert spacing == "trailing", spacing
+    elif spacing == "trailing":
         falling = (end - np.arange(steps) * total / steps).round() - 1
+    else:
+        raise UserError(
+            f"scheduler: timestep_spacing {spacing!r} is not known; set linspace, leading or "
+            "trailing"
+        )
     timesteps = [float(t) for t in falling if t >= 0]
     distinct = len(set(timesteps)) == len(timesteps)
     if not timesteps or not distinct or timesteps[0] > total - 1:
-        raise UserError(f"steps {steps}: too many for a schedule of {total}")
+        raise UserError(f"steps {steps}: too many for a schedule of {total}; ask for fewer")
     return timesteps

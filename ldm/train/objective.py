@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch.nn import functional as F
 
-from ldm.diffusion import Levels, add_noise, snr_weights, target
+from ldm.diffusion import PREDICTIONS, Levels, add_noise, snr_weights, target
 from ldm.errors import UserError
 from ldm.train.data import Batch
 
@@ -26,6 +26,11 @@ class Objective:
     def of(cls, schedule: Mapping[str, Any], gamma: float | None, floor: float = 0.0) -> Self:
         """The objective on a diffusers scheduler configuration; weights by :func:`snr_weights`."""
         levels, prediction = Levels.of(schedule), str(schedule["prediction_type"])
+        if prediction not in PREDICTIONS:
+            raise UserError(
+                f"train.init: the starting model's network predicts {prediction!r}; give one that "
+                f"predicts one of {', '.join(PREDICTIONS)}"
+            )
         if prediction == "epsilon" and schedule.get("rescale_betas_zero_snr"):
             raise UserError(
                 "train.init: the starting model predicts epsilon on a schedule that ends in noise "

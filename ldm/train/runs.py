@@ -1,7 +1,7 @@
 """Runs of a training: folders named by what decides the result, and going on from another one.
 
-``RUN/run.json`` holds the settings, the digests of latents and starting weights, and those of the
-code that decides a step.
+``RUN/run.json`` holds the settings, the digests of latents, starting weights and noise schedule,
+and those of the code that decides a step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from ldm.config.section import flat
 from ldm.errors import UserError
 
 RUN = "run.json"
+INPUTS = {
+    "latents": "other latents",
+    "start": "other starting weights",
+    "schedule": "another noise schedule",
+}
+"""What a run is made from, and how that is called where it differs."""
 Identity = dict[str, Any]
 """What decides a run's result: ``config``, ``inputs``, ``code`` and, maybe, ``from``."""
 
@@ -69,10 +75,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    inputs = {"latents": "other latents", "start": "other starting weights"}
     found += [
         words
-        for key, words in inputs.items()
+        for key, words in INPUTS.items()
         if before["inputs"].get(key) != now["inputs"].get(key)
     ]
     return found + (["other code"] if before["code"] != now["code"] else [])

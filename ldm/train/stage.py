@@ -21,17 +21,17 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
 from ldm import checkpoint
-from ldm.artifacts import digest_file, opening, write_whole, writing
+from ldm.artifacts import digest_file, digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
-from ldm.denoiser import Denoiser, load_model
+from ldm.denoiser import Denoiser
 from ldm.device import device_of, has_bfloat16, only_deterministic, plain_attention
 from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
 from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
-from ldm.pipeline_folder import save_pipeline
+from ldm.pipeline import load_model, save_pipeline
 from ldm.progress import say
 from ldm.request import serve
 from ldm.run_log import LOG, last_val_loss
@@ -86,7 +86,7 @@ def train(
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     unet, schedule = starting_point(config, pretrained, cache, encoders)
     start = digest_weights(unet)
-    inputs = {"latents": cache.manifest.digest, "start": start}
+    inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
     settings = settings_of_result(config)
     identity: Identity = {"config": settings, "inputs": inputs, "code": _code()}
     if resume is not None:

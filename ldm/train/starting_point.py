@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ldm.autoencoder import pixels_a_latent
 from ldm.cache import LatentCache
-from ldm.config import NoiseSchedule, Pretrained, Train
-from ldm.denoiser import load_scheduler_config, load_unet
-from ldm.diffusion import FLOW
+from ldm.config import Pretrained, Train
 from ldm.errors import UserError
 from ldm.models import Encoders, digest_weights, digests, load_text_encoder, starting_model
+from ldm.noise_schedule import fresh_schedule, load_schedule
+from ldm.pipeline import load_unet
 from ldm.unet import Network, random_unet, run_by
 
 
@@ -27,7 +28,7 @@ def starting_point(
     if source is not None:
         if config.init != "pretrained":
             _check_reads_the_same(cache, config.init, load_text_encoder(source)[1])
-        return load_unet(source, pretrained.network), load_scheduler_config(source)
+        return load_unet(source, pretrained.network), load_schedule(source)
     unet = random_unet(
         config.unet,
         latent_channels=int(cache.shapes[0, 0]) // 2,
@@ -38,27 +39,12 @@ def starting_point(
     return run_by(pretrained.network, unet), fresh_schedule(config.noise)
 
 
-def fresh_schedule(noise: NoiseSchedule) -> dict[str, Any]:
-    """The scheduler configuration of a UNet that starts from random weights."""
-    steps = {"num_train_timesteps": noise.train_timesteps, "prediction_type": noise.prediction}
-    if noise.prediction == FLOW:
-        return {**steps, "flow_shift": 1.0}
-    return {
-        **steps,
-        "beta_schedule": noise.beta_schedule,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "rescale_betas_zero_snr": noise.zero_terminal_snr,
-        "timestep_spacing": "trailing",
-    }
-
-
 def _side(cache: LatentCache, encoders: Encoders) -> int:
     """In latents, of what the model draws unasked: the samples', or with buckets the square's."""
     nominal: int | None = cache.manifest.config.get("image_size")
     if nominal is None:
         return int(cache.shapes[0, -1])
-    return nominal // 2 ** (len(encoders.vae.config.block_out_channels) - 1)
+    return nominal // pixels_a_latent(encoders.vae)
 
 
 def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
