@@ -51,7 +51,7 @@ def launch_training(
     except SystemExit:
         if params.train.track:
             # A trainer that was killed could not say so itself.
-            from ldm.tracking.live import note_dead
+            from ldm.tracking.liveness import note_dead
 
             note_dead(params.registry)
         raise

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.artifacts import write_whole
 from ldm.errors import UserError, full_disk_told
-from ldm.tracking.live import Live
 
 LOG = "log.jsonl"
 """Its name, in the folder of a run and in that of the model."""
 Entry = dict[str, Any]
+NAMES = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
+"""Metrics by their key in ``log.jsonl``."""
 
 
 class RunLog:
     """``log.jsonl``: lines up to the resumed step are kept, later ones are written anew.
 
-    ``live`` is told of every line.
+    ``tell`` gets every line.
     """
 
-    def __init__(self, path: Path, first: int, *, writes: bool, live: Live | None = None) -> None:
-        self.path, self.writes, self.live = path, writes, live
+    def __init__(
+        self, path: Path, first: int, *, writes: bool, tell: Callable[[Entry], None] | None = None
+    ) -> None:
+        self.path, self.writes, self.tell = path, writes, tell
         self.kept = [entry for entry in entries(path) if entry["step"] <= first]
         """What it held before, up to that step."""
         if writes:
@@ -34,8 +38,8 @@ class RunLog:
         if self.writes:
             with full_disk_told(self.path), self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-            if self.live:
-                self.live.write(entry)
+            if self.tell:
+                self.tell(entry)
 
     def sync(self) -> None:
         """Have it on disk before a checkpoint is, which would not write these lines again."""
@@ -57,6 +61,21 @@ def entries(path: Path) -> list[Entry]:
                     f"{path}: line {number} is damaged ({error}); remove that line"
                 ) from error
     return found
+
+
+def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line of ``log.jsonl`` by metric; what has no value is left out.
+
+    Those of a part of the first stage are called ``PART/FIGURE``.
+    """
+    if part := entry.get("part"):
+        figures = {key: value for key, value in entry.items() if key not in ("part", "step")}
+        return {f"{part}/{key}": float(one) for key, one in figures.items() if one is not None}
+    found = {NAMES[key]: float(entry[key]) for key in NAMES if key in entry}
+    for number, loss in enumerate(entry.get("val_loss_bands", ())):
+        if loss is not None:
+            found[f"val_loss_band_{number}"] = float(loss)
+    return found | ({"skipped": 1.0} if "skipped" in entry else {})
 
 
 def last_val_loss(folder: Path) -> float:

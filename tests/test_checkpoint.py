@@ -16,17 +16,9 @@ import pytest
 import torch
 
 import ldm.checkpoint
-from ldm.checkpoint import (
-    STATE,
-    Checkpoint,
-    damage_of,
-    folders,
-    newest,
-    optimizer_tensors,
-    restore_optimizer,
-    save,
-)
+from ldm.checkpoint import STATE, Checkpoint, damage_of, folders, newest, save
 from ldm.errors import UserError
+from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.saver import Saver
 from tests.disk import room_for
 

@@ -109,6 +109,7 @@ KEEPING = {
     "checkpoint",
     "memory",
     "models",
+    "optimizer_state",
     "request",
     "run_log",
     "saver",

@@ -17,6 +17,7 @@ import pytest
 from mlflow.entities import Run
 
 import ldm.tracking.live
+import ldm.tracking.liveness
 from ldm.artifacts import opening
 from ldm.config import FirstStage, Pretrained, Registry, Train
 from ldm.errors import UserError
@@ -26,8 +27,10 @@ from ldm.locks import held
 from ldm.registry.promotion import promote
 from ldm.registry.register import register
 from ldm.registry.standing import standing
+from ldm.run_log import metrics_of
 from ldm.tracking.connection import connect, may_exist
-from ldm.tracking.live import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, Live, metrics_of, note_dead
+from ldm.tracking.live import Live
+from ldm.tracking.liveness import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, note_dead
 from ldm.train.stage import train
 from tests import test_first_stage_runs as parts
 from tests import test_registry as registering
@@ -206,7 +209,7 @@ def test_on_another_machine_only_a_run_that_is_long_silent_is_dead(
     dead: Dead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk may be shared, and locks be seen or not."""
-    monkeypatch.setattr(ldm.tracking.live, "kernel", lambda: "another")
+    monkeypatch.setattr(ldm.tracking.liveness, "kernel", lambda: "another")
     note_dead(dead.registry)
     assert dead.status == "RUNNING"
     dead.tag(ALIVE, int(time.time()) - SILENT_S - 1)

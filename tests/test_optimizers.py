@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from ldm.checkpoint import optimizer_tensors, restore_optimizer
 from ldm.config import Train
 from ldm.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.learning_rate import rate_factor
+from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.train.optimizers import make_optimizer
 from tests.test_train import read_log, run_here
 

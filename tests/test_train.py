@@ -25,8 +25,8 @@ from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.models import Source
 from ldm.report.stage import read_curves
+from ldm.run_log import metrics_of
 from ldm.sampling import Painter, Request
-from ldm.tracking.live import metrics_of
 from ldm.train.stage import train
 from ldm.train.validation import by_band
 from tests.encoding import Project, in_shards, picture, write_images

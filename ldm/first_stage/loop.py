@@ -16,17 +16,12 @@ import numpy as np
 import torch
 
 from ldm.artifacts import write_whole
-from ldm.checkpoint import (
-    Checkpoint,
-    Tensors,
-    newest,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from ldm.checkpoint import Checkpoint, Tensors, newest
 from ldm.config import PartTraining
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.learning_rate import rate_factor
+from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
@@ -90,7 +85,8 @@ class Loop:
         and UserError where a gradient is not finite.
         """
         steps, termination = self.config.steps, Termination()
-        log = RunLog(self.folder / LOG, self.first, writes=True, live=self.run.live)
+        tell = self.run.live.write if self.run.live else None
+        log = RunLog(self.folder / LOG, self.first, writes=True, tell=tell)
         numbers = range(self.first, steps)
         bar = progress(numbers, self.part, steps, "steps", done=self.first)
         optimizers = [one.optimizer for one in self.trained.values()]

@@ -35,7 +35,8 @@ from ldm.pipeline import forget_origin
 from ldm.progress import say
 from ldm.run_log import LOG
 from ldm.shards import ShardReader
-from ldm.tracking.live import LOCK, Live
+from ldm.tracking.live import Live
+from ldm.tracking.liveness import LOCK
 
 PARTS = ("vae", "clip", "layout")
 DECIDING = (

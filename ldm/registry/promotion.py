@@ -10,7 +10,7 @@ from ldm.errors import UserError
 from ldm.progress import say
 from ldm.registry.gate import GATE, START, Decision, judge, starting, verdict
 from ldm.tracking import versions
-from ldm.tracking.live import connected
+from ldm.tracking.liveness import connected
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,11 +20,11 @@ from ldm.errors import UserError
 from ldm.latents import SAMPLE_MEMBERS
 from ldm.progress import say
 from ldm.registry.gate import starting
-from ldm.run_log import LOG, entries
+from ldm.run_log import LOG, entries, metrics_of
 from ldm.shards import ShardReader
 from ldm.tracking import runs, versions
 from ldm.tracking.commit import code_commit
-from ldm.tracking.live import connected, metrics_of
+from ldm.tracking.liveness import connected
 from ldm.tracking.registered import SAMPLES, USES
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ldm.config import Registry
 from ldm.registry.gate import GATE, START, Decision, Row
 from ldm.tracking import versions
-from ldm.tracking.live import connected
+from ldm.tracking.liveness import connected
 
 
 @dataclass(frozen=True)

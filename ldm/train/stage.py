@@ -36,7 +36,8 @@ from ldm.progress import say
 from ldm.request import serve
 from ldm.run_log import LOG, last_val_loss
 from ldm.termination import Termination, taken_over
-from ldm.tracking.live import LOCK, Live
+from ldm.tracking.live import Live
+from ldm.tracking.liveness import LOCK
 from ldm.train import fsdp
 from ldm.train.objective import Objective
 from ldm.train.runs import RUN, Identity, continued, describe, folder_of, unfinished

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ldm.checkpoint import Checkpoint, newest, optimizer_tensors, restore_optimizer
+from ldm.checkpoint import Checkpoint, newest
 from ldm.denoiser import Denoiser, trained
 from ldm.errors import UserError
+from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.train import fsdp
 from ldm.train.ema import Ema
 

@@ -95,7 +95,8 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         first, own = self.state.resume(self.folder, self.earlier, config.steps)
-        log = RunLog(self.folder / LOG, first, writes=main, live=self.live)
+        tell = self.live.write if self.live else None
+        log = RunLog(self.folder / LOG, first, writes=main, tell=tell)
         self._skipped_in_a_row = skipped_before(log, first)
         micro_batches = self.micro_batches(first)
         size, unit = config.batch_size, "samples"
