@@ -38,7 +38,8 @@ from ldm.run_log import LOG, RunLog
 from ldm.termination import Termination
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
-from ldm.train.stage import accelerator_for, settled_training
+from ldm.train.settings import accelerator_for, settled_training
+from ldm.train.skipped import SkippedSteps
 from ldm.train.trainer import Trainer
 from ldm.unet import Network, denoise, from_scratch
 
@@ -213,7 +214,8 @@ def training(unet: Network, size: Size, folder: Path) -> Iterator[Callable[[], o
     trainer = Trainer(accelerator, config, objective, cache, cache, Denoiser(unet), folder)
     micro_batches, numbers = trainer.micro_batches(0), count()
     log = RunLog(folder / LOG, 0, writes=True)
-    yield lambda: trainer.step(next(numbers), micro_batches, Termination(), log)
+    skipped = SkippedSteps(accelerator, log, 0, config.max_skipped)
+    yield lambda: trainer.step(next(numbers), micro_batches, Termination(), skipped)
 
 
 def encoding_at(size: Size) -> Callable[[], Batch]:

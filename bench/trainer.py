@@ -35,7 +35,8 @@ from ldm.saver import Saver
 from ldm.termination import Termination
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
-from ldm.train.stage import accelerator_for, settled_training
+from ldm.train.settings import accelerator_for, settled_training
+from ldm.train.skipped import SkippedSteps
 from ldm.train.trainer import Trainer
 
 LATENTS = Path("artifacts/latents")
@@ -78,10 +79,11 @@ def steps_of(trainer: Trainer, run: Path) -> Callable[[], None]:
     """A function that takes the trainer's next ``STEPS`` steps."""
     micro_batches, numbers = trainer.micro_batches(0), count()
     log = RunLog(run / LOG, 0, writes=True)
+    skipped = SkippedSteps(trainer.accelerator, log, 0, trainer.config.max_skipped)
 
     def ours() -> None:
         for _ in range(STEPS):
-            trainer.step(next(numbers), micro_batches, Termination(), log)
+            trainer.step(next(numbers), micro_batches, Termination(), skipped)
 
     return ours
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 
+AT_ONCE = 2**20
+"""Pixels that are decoded at a time: in float32 they take 3 GB at Stable Diffusion's widths."""
+
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
@@ -19,8 +22,9 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (n, c, h, w) to pictures in about [-1, 1]: (n, 3, s h, s w)."""
-    pictures: torch.Tensor = vae.decode(latents / vae.config.scaling_factor + _shift(vae)).sample
-    return pictures
+    plain = latents / vae.config.scaling_factor + _shift(vae)
+    each = latents.shape[-2] * latents.shape[-1] * pixels_a_latent(vae) ** 2
+    return torch.cat([vae.decode(part).sample for part in plain.split(max(1, AT_ONCE // each))])
 
 
 def pixels_a_latent(vae: AutoencoderKL) -> int:

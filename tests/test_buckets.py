@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+from functools import partial, partialmethod
 from math import log
 from pathlib import Path
 
@@ -307,6 +308,23 @@ def test_a_training_stopped_within_an_epoch_ends_in_the_same_bytes(
     assert opening(stopped, "model", "train").files == opening(straight, "model", "train").files
     assert first < len(shapes) == SHORT["steps"]
     assert len(set(shapes[:first])) > 1 and len(set(shapes[first:])) > 1
+
+
+def test_each_shape_is_compiled_by_itself(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.nn.Module.compile
+    graphs_alone = partial(compiled, backend="eager")  # No C++, which takes minutes.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(graphs_alone))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    smallest = {"init": "random", "unet": {"widths": [8], "head_width": 8, "norm_groups": 4}}
+    run_here(pipeline, latents, tmp_path, **smallest, compile=True, sample_every=None, seed=3)
+    made = batches(latents, 4)
+    shapes = {made[step].latents.shape for step in range(SHORT["steps"])}
+    assert len(shapes) > 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(shapes)
 
 
 @pytest.mark.slow

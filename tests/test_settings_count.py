@@ -169,7 +169,7 @@ def test_the_launcher_is_told_whom_to_start_and_whether_to_show_it(
 def test_auto_precision_is_what_the_hardware_computes(
     monkeypatch: pytest.MonkeyPatch, able: bool, precision: str
 ) -> None:
-    monkeypatch.setattr(ldm.train.stage, "has_bfloat16", lambda _: able)
+    monkeypatch.setattr(ldm.train.settings, "has_bfloat16", lambda _: able)
     cpu = torch.device("cpu")
     assert settled_training(Train(mixed_precision="auto"), cpu).mixed_precision == precision
     for named in ("bf16", "no"):
@@ -258,7 +258,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
         return accelerator
 
-    monkeypatch.setattr(ldm.train.stage, "_check_cpu", lambda _: None)
+    monkeypatch.setattr(ldm.train.settings, "_check_device", lambda *_: None)
     monkeypatch.setattr(ldm.train.stage, "accelerator_for", accelerator_for)
 
 

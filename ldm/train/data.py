@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ldm.cache import LatentCache
 from ldm.train.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.train.order import Order, by_shape
 
+Item = TypeVar("Item")
 GOLDEN = (math.sqrt(5) - 1) / 2
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -104,8 +106,8 @@ class TrainingBatches(Dataset[Batch]):
         return [self.cache.key(order.sample(first + int(at))) for at in by_process.flat]
 
 
-def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, the next one made by a thread while this one is trained on."""
+def one_ahead(batches: Iterator[Item]) -> Iterator[Item]:
+    """The same batches, the next one made by a thread while this one is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         while (batch := coming.result()) is not None:

@@ -80,6 +80,11 @@ def spread(denoiser: Denoiser, device: torch.device) -> Denoiser:
     return denoiser
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose parts the processes have, which must all call this; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(state: Checkpoint) -> Checkpoint:
     """The same of whole tensors on the CPU, in the first process; in the others, of none.
 
@@ -89,11 +94,9 @@ def gathered(state: Checkpoint) -> Checkpoint:
     parts: dict[str, Tensors] = {part: {} for part in PARTS}
     for part, found in parts.items():
         for name, tensor in getattr(state, part).items():
-            whole = tensor.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
+            together = whole(tensor.detach())
             if first:
-                found[name] = whole.cpu()
+                found[name] = together.cpu()
     return state.with_tensors(parts)
 
 
@@ -115,9 +118,9 @@ def scattered(
     )
 
 
-def _part(whole: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+def _part(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
     """Cut as a parameter is; what has another shape, such as a count of steps, stays whole."""
-    if not isinstance(like, DTensor) or whole.shape != like.shape:
-        return whole
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
     # Each process reads the same file, and need not be sent its part.
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -6,27 +6,22 @@ settings and inputs, it goes on from the newest whole checkpoint of its run.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
 from ldm import checkpoint
 from ldm.artifacts import digest_file, digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
 from ldm.denoiser import Denoiser
-from ldm.device import device_of, has_bfloat16, only_deterministic, plain_attention
-from ldm.errors import UserError
+from ldm.device import device_of, only_deterministic, plain_attention
 from ldm.latents import IDS, STATES
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
@@ -40,8 +35,10 @@ from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 from ldm.train import fsdp
 from ldm.train.objective import Objective
+from ldm.train.order import by_shape
 from ldm.train.runs import RUN, Identity, continued, describe, folder_of, unfinished
 from ldm.train.sample_sheet import SampleSheet
+from ldm.train.settings import accelerator_for, check_batch, settings_of_result, settled_training
 from ldm.train.starting_point import starting_point
 from ldm.train.trainer import Trainer
 from ldm.unet import Network, shape_of
@@ -49,7 +46,7 @@ from ldm.unet import Network, shape_of
 DECIDING = (
     *("cache", "denoiser", "device", "diffusion", "latents", "learning_rate", "lora", "unet"),
     *("train/data", "train/draws", "train/ema", "train/fsdp", "train/objective", "train/order"),
-    *("train/optimizers", "train/state", "train/trainer", "train/validation"),
+    *("train/optimizers", "train/skipped", "train/state", "train/trainer", "train/validation"),
 )
 """Modules of ``ldm``, besides ``ldm.nn``, that decide what a step does."""
 
@@ -81,7 +78,7 @@ def train(
     if sharded := fsdp.asked():
         fsdp.check(config)
     accelerator = accelerator_for(config, device)
-    _check_batch(config, accelerator.num_processes)
+    check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
     cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
@@ -98,7 +95,7 @@ def train(
         lora=asdict(Base.of(config, pretrained, start)) if config.lora else None,
     )
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
-    denoiser, adapters = _to_train(config, unet, encoders)
+    denoiser, adapters = _to_train(config, unet, encoders, len(by_shape(cache.shapes)))
     termination = Termination()
     main = accelerator.is_main_process
     shown = Live(registry, run, settings) if main and registry else nullcontext()
@@ -112,10 +109,13 @@ def train(
             _mention_unfinished(runs, run, identity)
             describe(run, identity)
             checkpoint.describe(run, about)
+        # Who draws no sheets need not hold what draws them.
+        draws = (config, held_out, encoders, unet, schedule)
+        sheet = SampleSheet.of(*draws) if main or sharded else None
         trainer = Trainer(
             *(accelerator, config, objective, cache, held_out, denoiser, run),
             earlier=resume,
-            sheet=SampleSheet.of(config, held_out, encoders, unet, schedule),
+            sheet=sheet,
             live=live,
             sharded=sharded,
         )
@@ -139,15 +139,22 @@ def train(
     accelerator.wait_for_everyone()
 
 
-def _to_train(config: Train, unet: Network, encoders: Encoders) -> tuple[Denoiser, Adapters | None]:
-    """What is trained: the networks, with text encoder or without, or adapters in them."""
+def _to_train(
+    config: Train, unet: Network, encoders: Encoders, shapes: int
+) -> tuple[Denoiser, Adapters | None]:
+    """What is trained: the networks, with text encoder or without, or adapters in them.
+
+    Compiled for each of so many shapes of latents by itself, where it is compiled.
+    """
     text_encoder = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, text_encoder).requires_grad_(True)
     adapters = Adapters(unet, config.lora, config.seed) if config.lora else None
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
-        unet.compile()  # In place: weights keep their names.
+        # Of more it would run some uncompiled.
+        torch._dynamo.config.recompile_limit = max(8, shapes + 1)
+        unet.compile(dynamic=False)  # In place: weights keep their names.
     return denoiser, adapters
 
 
@@ -165,47 +172,6 @@ def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
         )
 
 
-def settled_training(config: Train, device: torch.device) -> Train:
-    """The same settings with the precision that the device gives ``auto``.
-
-    UserError for what the device cannot do.
-    """
-    if device.type == "cpu":
-        _check_cpu(config)
-    if config.mixed_precision != "auto":
-        return config
-    lower = has_bfloat16(device)
-    return config.model_copy(update={"mixed_precision": "bf16" if lower else "no"})
-
-
-def _check_cpu(config: Train) -> None:
-    """What would be ignored, or fail in the first step with pages of C++."""
-    if config.mixed_precision == "fp16":
-        raise UserError(
-            "train.mixed_precision fp16: is for GPUs, and there is none; set auto, bf16 or no"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if config.compile and shutil.which(compiler) is None:
-        raise UserError(
-            f"train.compile: there is no {compiler}, which torch.compile wants on a CPU; install "
-            "it, or set train.compile to false"
-        )
-
-
-def accelerator_for(config: Train, device: torch.device) -> Accelerator:
-    """This process's part in a training, on the device's kind."""
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
-        # A step uses each weight once. To keep what it is in bfloat16 would only take memory.
-        kwargs_handlers=[
-            AutocastKwargs(cache_enabled=False),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.patience_s)),
-        ],
-    )
-
-
 def _code() -> list[str]:
     """Digests of the files that decide what a step does."""
     ldm = Path(__file__).parent.parent
@@ -221,21 +187,6 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
     with held(run / LOCK, refusal, patience_s=60) if main else nullcontext():
         accelerator.wait_for_everyone()
         yield
-
-
-def settings_of_result(config: Train) -> dict[str, Any]:
-    """The settings that decide the result; where and how often to save do not."""
-    how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate"}
-    how |= {"sample_every", "sample_prompts", "track", "gradient_checkpointing", "patience_s"}
-    return {key: value for key, value in config.as_dict().items() if key not in how}
-
-
-def _check_batch(config: Train, processes: int) -> None:
-    if config.batch_size % (processes * config.accumulation):
-        raise UserError(
-            f"train.batch_size: {config.batch_size} cannot be shared by {processes} processes with "
-            f"accumulation {config.accumulation}; make it a multiple of their product"
-        )
 
 
 def main() -> None:

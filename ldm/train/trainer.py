@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import count
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ldm.train.ema import Ema
 from ldm.train.objective import Objective
 from ldm.train.optimizers import make_optimizer
 from ldm.train.sample_sheet import SampleSheet, sheet_name
+from ldm.train.skipped import SkippedSteps
 from ldm.train.state import TrainingState
 from ldm.train.validation import validation_loss
 
@@ -85,19 +87,18 @@ class Trainer:
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
         )
-        self._skipped_in_a_row = 0
 
     def run(self, termination: Termination) -> bool:
         """Train to the last step; False if a signal stopped it before.
 
-        Either way the last step taken is on disk. UserError after ``max_skipped`` steps in a row
-        whose loss or gradient is not finite.
+        Either way the last step taken is on disk. UserError after more than ``max_skipped`` steps
+        in a row whose loss or gradient is not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
         first, own = self.state.resume(self.folder, self.earlier, config.steps)
         tell = self.live.write if self.live else None
         log = RunLog(self.folder / LOG, first, writes=main, tell=tell)
-        self._skipped_in_a_row = skipped_before(log, first)
+        skipped = SkippedSteps(self.accelerator, log, first, config.max_skipped)
         micro_batches = self.micro_batches(first)
         size, unit = config.batch_size, "samples"
         bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
@@ -107,7 +108,7 @@ class Trainer:
                 if stopping:
                     return False
                 rate = self._set_rates(step)
-                loss, norm, stopping = self.step(step, micro_batches, termination, log)
+                loss, norm, stopping = self.step(step, micro_batches, termination, skipped)
                 done = step + 1
                 if done % config.log_every == 0 and math.isfinite(loss + norm):
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
@@ -170,7 +171,11 @@ class Trainer:
         return factor * config.learning_rate
 
     def step(
-        self, step: int, micro_batches: Iterator[Batch], termination: Termination, log: RunLog
+        self,
+        step: int,
+        micro_batches: Iterator[Batch],
+        termination: Termination,
+        skipped: SkippedSteps,
     ) -> tuple[float, float, bool]:
         """One optimizer step: mean loss, gradient norm before clipping, whether to stop.
 
@@ -186,29 +191,35 @@ class Trainer:
                 each = self.objective.loss(self.prepared, batch)
                 accelerator.backward(each.mean())
             losses.append(each.detach())
-        norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        asked = torch.tensor(float(termination.signal is not None), device=norm.device)
-        seen = torch.stack((torch.stack(losses).mean(), asked))
-        loss, stopping = accelerator.reduce(seen, "mean").tolist()
-        finite = bool(torch.isfinite(norm))
+        gradient = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        asked = termination.signal is not None
+        each_loss = torch.stack(losses)
+        loss, norm, stopping = self._figures(each_loss, gradient, asked)
+        finite = math.isfinite(norm)
         # A scaler finds its scale by overflowing, and skips such steps itself.
         if finite or accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if finite:
             self.ema.update(step + 1)
-            self._skipped_in_a_row = 0
-        elif self._is_to_blame(loss):
-            self._note_skipped(step, losses, log)
-        return round(loss, 6), round(float(norm), 4), stopping > 0
+            skipped.taken()
+        else:
+            skipped.skipped(step + 1, loss, each_loss, partial(self.batches.keys, step))
+        return round(loss, 6), round(norm, 4), stopping
 
-    def _is_to_blame(self, loss: float) -> bool:
-        """Whether a step without a finite gradient is more than a scaler's search for its scale.
+    def _figures(
+        self, losses: torch.Tensor, norm: torch.Tensor, asked: bool
+    ) -> tuple[float, float, bool]:
+        """Mean loss over the processes, gradient norm, whether one of them was asked to stop.
 
-        A scale below 1 has been halved for every such step, in vain.
+        The step's one wait for the device: what a GPU is told after it, it has in its queue when
+        the next step begins.
         """
-        scaler = self.accelerator.scaler
-        return scaler is None or not math.isfinite(loss) or scaler.get_scale() < 1
+        whole = fsdp.whole(norm)
+        seen = torch.stack((losses.mean(), whole.new_full((), float(asked))))
+        everywhere = self.accelerator.reduce(seen, "mean")
+        loss, stopping, found = torch.cat((everywhere, whole.reshape(1))).tolist()
+        return loss, found, stopping > 0
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """What a network draws by itself is a function of the position too."""
@@ -216,32 +227,15 @@ class Trainer:
         rng = counter_based(self.config.seed, DROPOUT, *place)
         torch.manual_seed(int(rng.integers(2**63)))
 
-    def _note_skipped(self, step: int, losses: list[torch.Tensor], log: RunLog) -> None:
-        """Log which samples' losses are not finite, or all of the step's if each one is."""
-        keys = self.batches.keys(step)
-        bad = ~torch.isfinite(self.accelerator.gather(torch.stack(losses)).flatten())
-        suspects = [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad] or keys
-        log.write({"step": step + 1, "skipped": suspects})
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > self.config.max_skipped:
-            raise UserError(
-                f"step {step + 1}: no finite loss or gradient for {self._skipped_in_a_row} steps "
-                f"in a row; {self.folder / LOG} names the samples; lower train.learning_rate, or "
-                "compute in float32 (train.mixed_precision: no)"
-            )
-
     def _validate(self, termination: Termination) -> dict[str, Any] | None:
         """The averaged weights' loss, None if a signal came meanwhile; UserError if not finite."""
-        self.ema.swap()
-        self.denoiser.eval()
-        found = validation_loss(
-            *(self.accelerator, self.objective, self.denoiser, self.held_out),
-            seed=self.config.seed,
-            batch_size=self.batches.batch_size,
-            termination=termination,
-        )
-        self.denoiser.train()
-        self.ema.swap()
+        with self._averaged():
+            found = validation_loss(
+                *(self.accelerator, self.objective, self.denoiser, self.held_out),
+                seed=self.config.seed,
+                batch_size=self.batches.batch_size,
+                termination=termination,
+            )
         if found is not None and not math.isfinite(found["val_loss"]):
             raise UserError(
                 f"{self.folder}: the averaged weights' validation loss is not finite; train again "
@@ -249,15 +243,27 @@ class Trainer:
             )
         return found
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones.
+
+        Not compiled: the shapes of validation and sheets would each take minutes, and a network
+        that saw one of them first would be compiled for any shape, to slower steps and other bits.
+        """
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        self.ema.swap()
+        self.denoiser.eval()
+        with eager:
+            yield
+        self.denoiser.train()
+        self.ema.swap()
+
     def _draw(self, step: int) -> None:
         """A sheet of samples by the averaged weights."""
         assert self.sheet is not None
-        self.ema.swap()
-        self.denoiser.eval()
         main = self.accelerator.is_main_process
-        sheet = self.sheet.draw(self.folder, step, writes=main)
-        self.denoiser.train()
-        self.ema.swap()
+        with self._averaged():
+            sheet = self.sheet.draw(self.folder, step, writes=main)
         if self.live:
             self.live.picture(sheet)
 
@@ -287,9 +293,3 @@ class Trainer:
         state = self.state.checkpoint(step, val_loss)
         if self.accelerator.is_main_process:
             saver.save(state, last=last)
-
-
-def skipped_before(log: RunLog, step: int) -> int:
-    """How many steps in a row, up to ``step``, changed nothing."""
-    skipped = {entry["step"] for entry in log.kept if "skipped" in entry}
-    return next(number for number in count() if step - number not in skipped)

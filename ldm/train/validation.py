@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from ldm.cache import LatentCache
 from ldm.denoiser import Denoiser
 from ldm.termination import Termination
-from ldm.train.data import validation_batches
+from ldm.train.data import one_ahead, validation_batches
 from ldm.train.objective import Objective
 
 BANDS = 4
@@ -34,14 +34,15 @@ def validation_loss(
     """
     timesteps = len(objective.levels)
     seen = []
-    for own, count in validation_batches(
+    batches = validation_batches(
         held_out,
         seed=seed,
         batch_size=batch_size,
         timesteps=timesteps,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
-    ):
+    )
+    for own, count in one_ahead(batches):
         batch = own.to(accelerator.device)
         with accelerator.autocast():
             each = objective.loss(denoiser, batch)
