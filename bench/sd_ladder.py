@@ -32,6 +32,7 @@ from bench.sd_model import (
     synchronize,
 )
 from ldm.device import plain_attention
+from ldm.quiet import quieten
 from ldm.unet import Network, denoise
 
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100-SXM": 312e12}
@@ -135,6 +136,7 @@ def peak_of_card() -> float | None:
 
 def main() -> None:
     """Print the asked rungs, all without any; or, as ``ladder`` asks, one of them here."""
+    quieten()
     asked = [word for word in sys.argv[1:] if word != "--small"]
     alone = "--rung" in asked
     by_pixels = {str(size.pixels): size for size in SIZES}
