@@ -25,7 +25,7 @@ from ldm.locks import held
 from ldm.models import digest_weights, locate
 from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
-from ldm.shards import ShardWriter
+from ldm.shards import writing_shard
 from ldm.text import cut_off
 
 Prompts = Path | list[dict[str, Any]]
@@ -212,17 +212,16 @@ def _draw_part(
         for one, pixels in zip(group, drawn, strict=True):
             write_whole(aside / f"{one.name}.png", encode_png(pixels))
             bar.update()
-    if sharded:
-        with ShardWriter(aside, "shard", max(1, len(drawings))) as shard:
-            for one in drawings:
-                about = _json(_line(one)).encode()
-                picture = (aside / f"{one.name}.png").read_bytes()
-                shard.write(one.name, {"png": picture, "json": about})
-        if drawings:
-            (aside / "shard-00000.tar").replace(out / f"images-{part:05d}.tar")
-    else:
+    if not sharded:
         for one in drawings:
             (aside / f"{one.name}.png").replace(out / f"{one.name}.png")
+    elif drawings:
+        packed = aside / f"images-{part:05d}.tar"
+        with writing_shard(packed) as append:
+            for one in drawings:
+                picture = (aside / f"{one.name}.png").read_bytes()
+                append(one.name, {"png": picture, "json": _json(_line(one)).encode()})
+        packed.replace(out / packed.name)
     shutil.rmtree(aside)
 
 
