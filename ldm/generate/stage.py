@@ -33,7 +33,7 @@ Prompts = Path | list[dict[str, Any]]
 
 LOOSE_PART = 200
 """Rows drawn and published together where pictures are loose files."""
-JOB, TABLES, ASIDE = "job.json", "tables", ".drawing"
+JOB, LOCK, TABLES, ASIDE = "job.json", ".lock", "tables", ".drawing"
 IMAGES, SKIPPED = "images.jsonl", "skipped.jsonl"
 WARNINGS = 10
 """Cut prompts that are told one by one; all are marked in the table."""
@@ -135,11 +135,12 @@ def _identity(painter: Painter, prompts: Prompts, job: Job, network: str) -> dic
 def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold ``out`` for this job; pictures of another are never mixed with or replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / JOB).is_file():
-        if any(path.name != f".{JOB}.writing" for path in out.iterdir()):
-            raise UserError(f"{out}: is not empty; give another --out")
-        write_json(out / JOB, identity)
-    with held(out / JOB, f"{out}: another process draws into it; wait for it"):
+    found = {path.name for path in out.iterdir()}
+    if JOB not in found and found - {LOCK, f".{JOB}.writing"}:  # Of others: not even a lock.
+        raise UserError(f"{out}: is not empty; give another --out")
+    with held(out / LOCK, f"{out}: another process draws into it; wait for it"):
+        if not (out / JOB).is_file():
+            write_json(out / JOB, identity)
         known = json.loads((out / JOB).read_text())
         other = sorted(key for key in identity if known.get(key) != identity[key])
         if other:
