@@ -6,6 +6,7 @@ DVC alone decides what is stale, so no task is cached by Prefect.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import subprocess
@@ -21,12 +22,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.runtime import task_run
 
-from flows.dag import stage_graph
-from flows.process import run
-
-ROOT = Path(__file__).resolve().parent.parent
-EVAL = Path("artifacts/eval")
-
+from flows.dag import stage_graph, stale
+from flows.process import ROOT, run, run_ldm
+from ldm.errors import UserError
+from ldm.options import EVAL, REPORT
+from ldm.progress import say
 
 ADVICE = (
     "Generating lock file",
@@ -73,9 +73,8 @@ def stage(name: str, root: Path) -> Outcome:
 
 @task(task_run_name=_task_name, cache_policy=NO_CACHE)
 def command(name: str, root: Path) -> str:
-    """A step with side effects outside DVC's reach: ``ldm NAME``; its last line."""
-    lines = run([sys.executable, "-m", "ldm.cli", name], root, get_run_logger().info)
-    return lines[-1] if lines else ""
+    """A step with side effects outside DVC's reach: ``ldm NAME``; its line of result."""
+    return run_ldm(name, root=root)
 
 
 @flow(name="retrain")
@@ -114,14 +113,10 @@ def _leave_artifacts(root: Path, outcomes: list[Outcome], said: list[str]) -> No
 
 def main() -> None:
     """Run the flow, or say that there is nothing to do."""
-    from flows.dag import stale
-    from ldm.errors import UserError
-    from ldm.progress import say
-
+    argparse.ArgumentParser(description=__doc__).parse_args()
     started = time.monotonic()
     try:
-        reasons = stale(ROOT)
-        if not reasons and (ROOT / "artifacts/report/index.html").is_file():
+        if not stale(ROOT) and (ROOT / REPORT / "index.html").is_file():
             seconds = time.monotonic() - started
             say(f"retrain: every stage is up to date, nothing done again ({seconds:.0f} s)")
             return

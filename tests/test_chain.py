@@ -167,6 +167,21 @@ def test_an_unchanged_project_is_left_alone(retrained: Path) -> None:
     assert call(retrained, "dvc", "status").strip().endswith("Data and pipelines are up to date.")
 
 
+def test_a_flow_takes_options(retrained: Path) -> None:
+    for options, answer in (
+        (["--version", "9"], "ldm: has no version '9'"),
+        (["--rollback"], "ldm: has no former champion"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.promote", *options],
+            cwd=retrained,
+            env=environment(retrained),
+            capture_output=True,
+            text=True,
+        )
+        assert answer in done.stdout + done.stderr
+
+
 def test_the_page_is_there(retrained: Path) -> None:
     page = (retrained / "artifacts/report/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.split("<body", 1)[0]
