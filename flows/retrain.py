@@ -24,6 +24,7 @@ from prefect.runtime import task_run
 
 from flows.dag import stage_graph, stale
 from flows.process import ROOT, run, run_ldm
+from ldm.artifacts import manifest_of
 from ldm.errors import UserError
 from ldm.options import EVAL, REPORT
 from ldm.progress import say
@@ -111,12 +112,25 @@ def _leave_artifacts(root: Path, outcomes: list[Outcome], said: list[str]) -> No
     create_image_artifact(f"data:image/png;base64,{picture}", key="samples")
 
 
+def reported(root: Path) -> bool:
+    """Whether the page, which is made last, is about the present model and its evaluation.
+
+    If not, what follows the evaluation has failed, and is still to be done.
+    """
+    page = manifest_of(root / REPORT, "run `ldm report` to make it")
+    judged = manifest_of(root / EVAL, "run `ldm evaluate` to make it")
+    if page is None or judged is None:
+        return False
+    shown = page.inputs["model"], page.inputs["eval"]
+    return shown == (judged.inputs["model"], judged.digest)
+
+
 def main() -> None:
     """Run the flow, or say that there is nothing to do."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     started = time.monotonic()
     try:
-        if not stale(ROOT) and (ROOT / REPORT / "index.html").is_file():
+        if not stale(ROOT) and reported(ROOT):
             seconds = time.monotonic() - started
             say(f"retrain: every stage is up to date, nothing done again ({seconds:.0f} s)")
             return

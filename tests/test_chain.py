@@ -167,6 +167,18 @@ def test_an_unchanged_project_is_left_alone(retrained: Path) -> None:
     assert call(retrained, "dvc", "status").strip().endswith("Data and pipelines are up to date.")
 
 
+def test_after_a_new_evaluation_what_follows_it_is_done(retrained: Path, tmp_path: Path) -> None:
+    """As after a retraining whose registering failed: DVC is clean, the page is the former one."""
+    project = shutil.copytree(retrained, tmp_path / "project")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["evaluate"]["sampling"]["seed"] = 1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    call(project, "dvc", "repro")
+    said = call(project, sys.executable, "-m", "flows.retrain")
+    assert "-> ldm version 2, challenger" in said
+    assert "every stage is up to date" in call(project, sys.executable, "-m", "flows.retrain")
+
+
 def test_a_flow_takes_options(retrained: Path) -> None:
     for options, answer in (
         (["--version", "9"], "ldm: has no version '9'"),

@@ -1,4 +1,4 @@
-"""The Prefect flows' own part: what they run, and what ends it."""
+"""The Prefect flows' own part: what they run, what ends it, and when nothing is to be done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from prefect.logging import disable_run_logger
 from flows import process
 from flows.generate import generate
 from flows.process import run
-from ldm.artifacts import write_json
+from flows.retrain import reported
+from ldm.artifacts import opening, write_json, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,3 +103,34 @@ def test_what_generate_is_not_told_params_yaml_says(
         said = generate.fn("prompts.txt", "out", str(pipeline), **told, root=tmp_path)
     assert said == "generate: 1 pictures -> out"
     assert json.loads((tmp_path / "out" / "job.json").read_text())["seed"] == seed
+
+
+# When nothing is to be done
+
+
+def test_reported_is_what_the_page_is_about(tmp_path: Path) -> None:
+    """A page of the training before means that what follows the evaluation has failed."""
+
+    def evaluate(model: str, metrics: str) -> None:
+        inputs = {"model": model, "prompts": "p"}
+        with writing(tmp_path / "artifacts/eval", "eval", config={}, inputs=inputs) as fresh:
+            (fresh / "metrics.json").write_text(metrics)
+
+    def report(model: str) -> None:
+        judged = opening(tmp_path / "artifacts/eval", "eval", "evaluate").digest
+        inputs = {"images": "i", "latents": "l", "model": model, "eval": judged}
+        with writing(tmp_path / "artifacts/report", "report", config={}, inputs=inputs) as fresh:
+            (fresh / "index.html").touch()
+
+    assert not reported(tmp_path)
+    evaluate("first", "good")
+    assert not reported(tmp_path)
+    report("first")
+    assert reported(tmp_path)
+    evaluate("first", "better")
+    assert not reported(tmp_path)
+    report("first")
+    evaluate("second", "better")
+    assert not reported(tmp_path)
+    report("second")
+    assert reported(tmp_path)
