@@ -14,12 +14,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
 from prefect.runtime import task_run
 
 from flows.dag import stage_graph, stale
@@ -81,15 +79,15 @@ def command(name: str, root: Path) -> str:
 @flow(name="retrain")
 def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
     """Bring the model up to date with the data, register it, let the gate decide, report."""
-    futures: dict[str, Any] = {}
+    done: dict[str, Outcome] = {}
     for name, needed in stage_graph(root).items():
         # Fetching depends on other people's servers; the rest fails for a reason that stays.
         retries = ingest_retries if name == "ingest" else 0
-        futures[name] = stage.with_options(retries=retries, retry_delay_seconds=10).submit(
-            name, root, return_state=False, wait_for=[futures[other] for other in needed]
+        # Not submitted to a thread: a cancelled flow would wait there for the stage to end.
+        done[name] = stage.with_options(retries=retries, retry_delay_seconds=10)(
+            name, root, wait_for=[done[other] for other in needed]
         )
-    wait(list(futures.values()))
-    outcomes = [future.result() for future in futures.values()]
+    outcomes = list(done.values())
     said = [command(name, root) for name in ("register", "promote", "report")]
     _leave_artifacts(root, outcomes, said)
     return outcomes

@@ -17,6 +17,7 @@ from flows.generate import generate
 from flows.process import run
 from flows.retrain import reported
 from ldm.artifacts import opening, write_json, writing
+from tests.launched import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +75,24 @@ def test_a_cancelled_stage_that_does_not_stop_is_killed(
     run_and_cancel(script, [sys.executable, "script.py"], tmp_path)
     with pytest.raises(ProcessLookupError):  # A zombie would be found.
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_a_cancelled_retraining_ends_its_stage(tmp_path: Path) -> None:
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    command = "trap 'touch stopped; exit 1' TERM; touch started; sleep 60 & wait"
+    write_json(tmp_path / "dvc.yaml", {"stages": {"ingest": {"cmd": command}}})  # JSON is YAML.
+    code = "from pathlib import Path; from flows.retrain import retrain; retrain(Path.cwd())"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    try:
+        wait_for((tmp_path / "started").exists, flow)
+        flow.terminate()
+        flow.wait(30)
+    finally:
+        flow.kill()
+    assert (tmp_path / "stopped").exists()
 
 
 # What is run
