@@ -35,7 +35,6 @@ def environment(project: Path) -> dict[str, str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(project),
         "PREFECT_HOME": str(project / ".prefect"),
-        "LDM_ROOT": str(project),
     }
 
 
@@ -200,12 +199,12 @@ def test_the_page_is_there(retrained: Path) -> None:
 
 
 @pytest.fixture
-def server(retrained: Path) -> Iterator[str]:
+def server(retrained: Path, tmp_path: Path) -> Iterator[str]:
     """A real Prefect server on loopback."""
     url = f"http://127.0.0.1:{PORT}/api"
     process = subprocess.Popen(
         [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)],
-        env=environment(retrained),
+        env={**environment(retrained), "PREFECT_HOME": str(tmp_path / "server")},
         cwd=retrained,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -229,7 +228,7 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
     prefect = str(BIN / "prefect")
     api = {"PREFECT_API_URL": server}
     call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
-    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api, LDM_ROOT=str(retrained))
     for name, parameters in (
         ("retrain/nightly", []),
         ("promote/promote", []),
@@ -247,3 +246,17 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
     due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
     assert list(due.values()) == ["Completed"] * 3, due
     assert len(list((retrained / "generated").glob("*/*.png"))) == 12
+
+
+def test_a_worker_runs_in_its_own_checkout(retrained: Path, server: str, tmp_path: Path) -> None:
+    """Deployed by another one, without ``LDM_ROOT``."""
+    prefect, api = str(BIN / "prefect"), {"PREFECT_API_URL": server}
+    other = shutil.copytree(retrained, tmp_path / "other")
+    (other / "prompts.txt").write_text("a red circle\n")
+    call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
+    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    asked = ["--param", "prompts=prompts.txt", "--param", "out=drawn"]
+    call(retrained, prefect, "deployment", "run", "generate/generate", *asked, **api)
+    worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
+    call(other, *worker, **api, LDM_ROOT=str(other))
+    assert [path.name for path in (other / "drawn").glob("*.png")] == ["00000.png"]
