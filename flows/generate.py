@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from prefect import flow, get_run_logger
+from prefect import flow
 
-from flows.process import run
-
-ROOT = Path(__file__).resolve().parent.parent
+from flows.process import ROOT, run_ldm
 
 
 @flow(name="generate")
 def generate(
     prompts: str,
     out: str | None = None,
-    model: str = "models:/ldm@champion",
-    seed: int = 0,
+    model: str | None = None,
+    seed: int | None = None,
     root: Path = ROOT,
 ) -> str:
-    """Run ``ldm generate`` on a prompts file; its line of result."""
-    arguments = ["--model", model, "--prompts", prompts, "--seed", str(seed)]
-    arguments += ["--out", out] if out else []
-    command = [sys.executable, "-m", "ldm.cli", "generate", *arguments]
-    return run(command, root, get_run_logger().info)[-1]
+    """Run ``ldm generate`` on a prompts file; its line of result. What is not given is its own."""
+    given = {"--out": out, "--model": model, "--seed": seed}
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return run_ldm("generate", f"--prompts={prompts}", *options, root=root)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompts")
     parser.add_argument("--out")
-    parser.add_argument("--model", default="models:/ldm@champion")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="default: the champion of registry.model")
+    parser.add_argument("--seed", type=int, help="default: generate.seed")
     generate(**vars(parser.parse_args()))

@@ -10,6 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefect import get_run_logger
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout that these flows are of."""
+PATIENCE_S = 25
+"""How long a stage that is asked to stop may take; the flow itself has 30 s from Prefect."""
+
+
+def run_ldm(*arguments: str, root: Path) -> str:
+    """Run ``ldm`` with these arguments, as :func:`run` does, and return its line of result."""
+    lines = run([sys.executable, "-m", "ldm.cli", *arguments], root, get_run_logger().info)
+    return lines[-1] if lines else ""
+
 
 def run(command: Sequence[str], root: Path, log: Callable[[str], None]) -> list[str]:
     """Run to the end and return the output's lines, each passed to ``log`` as it comes.
@@ -42,7 +55,7 @@ def _lines(stream: Iterator[str]) -> Iterator[str]:
 def _group(command: Sequence[str], root: Path) -> Iterator[subprocess.Popen[str]]:
     here = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": here + os.pathsep + os.environ.get("PATH", "")}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         cwd=root,
         env=environment,
@@ -50,13 +63,22 @@ def _group(command: Sequence[str], root: Path) -> Iterator[subprocess.Popen[str]
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask the group to stop, and kill it if it does not.
+
+    Its output is read on until then: a training that stops in good order, long after ``dvc``, would
+    fail at writing to a closed pipe.
+    """
+    os.killpg(process.pid, signal.SIGTERM)
     try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)

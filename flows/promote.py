@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-from prefect import flow, get_run_logger
+from prefect import flow
 
-from flows.process import run
-
-ROOT = Path(__file__).resolve().parent.parent
+from flows.process import ROOT, run_ldm
 
 
 @flow(name="promote")
-def promote(rollback: bool = False, root: Path = ROOT) -> str:
+def promote(rollback: bool = False, version: str | None = None, root: Path = ROOT) -> str:
     """Run ``ldm promote``; its line of result."""
-    arguments = ["promote", *(["--rollback"] if rollback else [])]
-    lines = run([sys.executable, "-m", "ldm.cli", *arguments], root, get_run_logger().info)
-    return lines[-1]
+    arguments = ["--rollback"] if rollback else []
+    arguments += ["--version", version] if version else []
+    return run_ldm("promote", *arguments, root=root)
 
 
 if __name__ == "__main__":
-    promote()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rollback", action="store_true", help="put the former champion back")
+    parser.add_argument("--version", help="decide on this one, not the challenger")
+    promote(**vars(parser.parse_args()))

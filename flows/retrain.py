@@ -6,6 +6,7 @@ DVC alone decides what is stale, so no task is cached by Prefect.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import subprocess
@@ -13,20 +14,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
 from prefect.runtime import task_run
 
-from flows.dag import stage_graph
-from flows.process import run
-
-ROOT = Path(__file__).resolve().parent.parent
-EVAL = Path("artifacts/eval")
-
+from flows.dag import stage_graph, stale
+from flows.process import ROOT, run, run_ldm
+from ldm.artifacts import manifest_of
+from ldm.errors import UserError
+from ldm.options import EVAL, REPORT
+from ldm.progress import say
 
 ADVICE = (
     "Generating lock file",
@@ -73,23 +72,22 @@ def stage(name: str, root: Path) -> Outcome:
 
 @task(task_run_name=_task_name, cache_policy=NO_CACHE)
 def command(name: str, root: Path) -> str:
-    """A step with side effects outside DVC's reach: ``ldm NAME``; its last line."""
-    lines = run([sys.executable, "-m", "ldm.cli", name], root, get_run_logger().info)
-    return lines[-1] if lines else ""
+    """A step with side effects outside DVC's reach: ``ldm NAME``; its line of result."""
+    return run_ldm(name, root=root)
 
 
 @flow(name="retrain")
 def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
     """Bring the model up to date with the data, register it, let the gate decide, report."""
-    futures: dict[str, Any] = {}
+    done: dict[str, Outcome] = {}
     for name, needed in stage_graph(root).items():
         # Fetching depends on other people's servers; the rest fails for a reason that stays.
         retries = ingest_retries if name == "ingest" else 0
-        futures[name] = stage.with_options(retries=retries, retry_delay_seconds=10).submit(
-            name, root, return_state=False, wait_for=[futures[other] for other in needed]
+        # Not submitted to a thread: a cancelled flow would wait there for the stage to end.
+        done[name] = stage.with_options(retries=retries, retry_delay_seconds=10)(
+            name, root, wait_for=[done[other] for other in needed]
         )
-    wait(list(futures.values()))
-    outcomes = [future.result() for future in futures.values()]
+    outcomes = list(done.values())
     said = [command(name, root) for name in ("register", "promote", "report")]
     _leave_artifacts(root, outcomes, said)
     return outcomes
@@ -112,16 +110,25 @@ def _leave_artifacts(root: Path, outcomes: list[Outcome], said: list[str]) -> No
     create_image_artifact(f"data:image/png;base64,{picture}", key="samples")
 
 
+def reported(root: Path) -> bool:
+    """Whether the page, which is made last, is about the present model and its evaluation.
+
+    If not, what follows the evaluation has failed, and is still to be done.
+    """
+    page = manifest_of(root / REPORT, "run `ldm report` to make it")
+    judged = manifest_of(root / EVAL, "run `ldm evaluate` to make it")
+    if page is None or judged is None:
+        return False
+    shown = page.inputs["model"], page.inputs["eval"]
+    return shown == (judged.inputs["model"], judged.digest)
+
+
 def main() -> None:
     """Run the flow, or say that there is nothing to do."""
-    from flows.dag import stale
-    from ldm.errors import UserError
-    from ldm.progress import say
-
+    argparse.ArgumentParser(description=__doc__).parse_args()
     started = time.monotonic()
     try:
-        reasons = stale(ROOT)
-        if not reasons and (ROOT / "artifacts/report/index.html").is_file():
+        if not stale(ROOT) and reported(ROOT):
             seconds = time.monotonic() - started
             say(f"retrain: every stage is up to date, nothing done again ({seconds:.0f} s)")
             return

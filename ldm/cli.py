@@ -190,7 +190,8 @@ def _generate(options: argparse.Namespace) -> None:
     if len(negatives) > 1:
         rows = [{**row, "negative": one} for row, one in zip(rows, negatives, strict=True)]
     job = Job(default, options.num_images, options.rows_per_shard)
-    generate(options.model, options.prompts or rows, job, options.out, params.pretrained.network)
+    model = options.model or f"models:/{params.registry.model}@champion"
+    generate(model, options.prompts or rows, job, options.out, params.pretrained.network)
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _generate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", default="models:/ldm@champion", help=MODEL_HELP)
+    sub.add_argument("--model", help=f"{MODEL_HELP}; default: the champion of registry.model")
     sub.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     sub.add_argument(
         "--negative", action="append", default=[], help="one for all prompts, or one for each"
@@ -106,7 +106,7 @@ def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, help="denoising steps")
     sub.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
     sub.add_argument("--sampler", help="dpm++, dpm++sde, euler, lms, ddim, ddpm or pndm")
-    sub.add_argument("--seed", type=int, help="of a prompt's first picture; default: 0")
+    sub.add_argument("--seed", type=int, help="of a prompt's first picture; default: generate.seed")
     sub.add_argument("--num-images", type=int, default=1, help="pictures a prompt")
     sub.add_argument("--height", type=int)
     sub.add_argument("--width", type=int)

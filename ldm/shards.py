@@ -10,10 +10,9 @@ import math
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -27,40 +26,11 @@ Numbers = Sequence[int] | np.ndarray
 """Places of samples in the order of the shards."""
 
 
-class ShardWriter:
-    """Writes samples into ``PREFIX-00000.tar``, ``PREFIX-00001.tar``, ... with fixed metadata."""
-
-    def __init__(self, folder: Path, prefix: str, samples_per_shard: int) -> None:
-        self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
-        self.samples = 0
-        self._shard = ExitStack()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._shard.__exit__(kind, error, trace)
-
-    def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append one sample; ``members`` maps extensions to contents, kept in sorted order."""
-        if self.samples % self.samples_per_shard == 0:
-            self._shard.close()
-            name = f"{self.prefix}-{self.samples // self.samples_per_shard:05d}.tar"
-            self._append = self._shard.enter_context(writing_shard(self.folder / name))
-        self._append(key, members)
-        self.samples += 1
-
-
 @contextmanager
 def writing_shard(path: Path) -> Iterator[Callable[[str, Mapping[str, bytes]], None]]:
-    """Yield what appends one sample, as :meth:`ShardWriter.write` does, to a shard of this name.
+    """Yield what appends a sample to a shard: its key, and by extension its members' contents.
 
-    The bytes are those of :mod:`tarfile`, which takes five times as long.
+    They are written sorted; the bytes are those of :mod:`tarfile`, which takes five times as long.
     """
     with path.open("wb", buffering=BUFFER) as file:
         yield partial(_append, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from ldm.models import Source, load_encoders
 from ldm.pipeline import save_pipeline
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
-from ldm.shards import ShardWriter
 from ldm.unet import random_unet
+from tests.shards import write_shards
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -70,12 +71,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"image_format": "png"}
     with writing(folder, "images", config=settings, inputs={}, counts=counts) as fresh:
         for split, count in counts.items():
-            with ShardWriter(fresh, split, 20) as shards:
-                for row in range(count):
-                    picture = encode_png(draw(scene_of("retrain", split, row)[1]))
-                    about = json.dumps({"caption": caption_of("retrain", split, row)})
-                    shards.write(f"{row:08d}", {"png": picture, "json": about.encode()})
+            write_shards(fresh, split, scene_samples(split, count), a_shard=20)
     return folder
+
+
+def scene_samples(split: str, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for row in range(count):
+        about = json.dumps({"caption": caption_of("retrain", split, row)}).encode()
+        picture = encode_png(draw(scene_of("retrain", split, row)[1]))
+        yield f"{row:08d}", {"png": picture, "json": about}
 
 
 @pytest.fixture(scope="session")

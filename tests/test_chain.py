@@ -35,7 +35,6 @@ def environment(project: Path) -> dict[str, str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(project),
         "PREFECT_HOME": str(project / ".prefect"),
-        "LDM_ROOT": str(project),
     }
 
 
@@ -167,18 +166,45 @@ def test_an_unchanged_project_is_left_alone(retrained: Path) -> None:
     assert call(retrained, "dvc", "status").strip().endswith("Data and pipelines are up to date.")
 
 
+def test_after_a_new_evaluation_what_follows_it_is_done(retrained: Path, tmp_path: Path) -> None:
+    """As after a retraining whose registering failed: DVC is clean, the page is the former one."""
+    project = shutil.copytree(retrained, tmp_path / "project")
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["evaluate"]["sampling"]["seed"] = 1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    call(project, "dvc", "repro")
+    said = call(project, sys.executable, "-m", "flows.retrain")
+    assert "-> ldm version 2, challenger" in said
+    assert "every stage is up to date" in call(project, sys.executable, "-m", "flows.retrain")
+
+
+def test_a_flow_takes_options(retrained: Path) -> None:
+    for options, answer in (
+        (["--version", "9"], "ldm: has no version '9'"),
+        (["--rollback"], "ldm: has no former champion"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.promote", *options],
+            cwd=retrained,
+            env=environment(retrained),
+            capture_output=True,
+            text=True,
+        )
+        assert answer in done.stdout + done.stderr
+
+
 def test_the_page_is_there(retrained: Path) -> None:
     page = (retrained / "artifacts/report/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.split("<body", 1)[0]
 
 
 @pytest.fixture
-def server(retrained: Path) -> Iterator[str]:
+def server(retrained: Path, tmp_path: Path) -> Iterator[str]:
     """A real Prefect server on loopback."""
     url = f"http://127.0.0.1:{PORT}/api"
     process = subprocess.Popen(
         [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)],
-        env=environment(retrained),
+        env={**environment(retrained), "PREFECT_HOME": str(tmp_path / "server")},
         cwd=retrained,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -202,7 +228,7 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
     prefect = str(BIN / "prefect")
     api = {"PREFECT_API_URL": server}
     call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
-    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api, LDM_ROOT=str(retrained))
     for name, parameters in (
         ("retrain/nightly", []),
         ("promote/promote", []),
@@ -220,3 +246,17 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
     due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
     assert list(due.values()) == ["Completed"] * 3, due
     assert len(list((retrained / "generated").glob("*/*.png"))) == 12
+
+
+def test_a_worker_runs_in_its_own_checkout(retrained: Path, server: str, tmp_path: Path) -> None:
+    """Deployed by another one, without ``LDM_ROOT``."""
+    prefect, api = str(BIN / "prefect"), {"PREFECT_API_URL": server}
+    other = shutil.copytree(retrained, tmp_path / "other")
+    (other / "prompts.txt").write_text("a red circle\n")
+    call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
+    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    asked = ["--param", "prompts=prompts.txt", "--param", "out=drawn"]
+    call(retrained, prefect, "deployment", "run", "generate/generate", *asked, **api)
+    worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
+    call(other, *worker, **api, LDM_ROOT=str(other))
+    assert [path.name for path in (other / "drawn").glob("*.png")] == ["00000.png"]

@@ -17,6 +17,7 @@ from ldm.options import parser
 from ldm.params import load_params, presets
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOP = ["--set", "registry.model=shop", "--set", "registry.tracking_uri=sqlite:///nowhere.db"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_a_missing_file_names_the_presets() -> None:
         (["generate", "--model", "tiny"], "no prompts: give --prompt"),
         (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
         (["generate", "--model", "tiny", "--prompt", "a", "--steps", "0"], "steps"),
+        (["generate", "--prompt", "a", *SHOP], "models:/shop@champion: nowhere.db does not exist"),
         (["encode", "--params", "broken.yaml"], "broken.yaml: no such params file"),
     ],
 )

@@ -24,9 +24,9 @@ from ldm.sampling import Painter, Request
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
 from ldm.schedulers import make_sampler
-from ldm.shards import ShardWriter
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
+from tests.shards import write_shards
 from tests.test_train import read_log, run_here
 
 RANDOM = {"init": "random", "unet": {"widths": [16, 32], "head_width": 8, "norm_groups": 4}}
@@ -41,9 +41,8 @@ def one_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"image_format": "png"}
     with writing(folder / "images", "images", config=settings, inputs={}, counts=counts) as fresh:
         for split in counts:
-            with ShardWriter(fresh, split, 1) as shards:
-                about = json.dumps({"caption": CAPTION}).encode()
-                shards.write("00000000", {"png": encode_png(SCENE), "json": about})
+            sample = {"png": encode_png(SCENE), "json": json.dumps({"caption": CAPTION}).encode()}
+            write_shards(fresh, split, [("00000000", sample)], a_shard=1)
     encode(Encode(), Pretrained(), folder / "images", folder / "latents", folder / "runs")
     return folder / "latents"
 

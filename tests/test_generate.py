@@ -202,7 +202,7 @@ def test_other_jobs_pictures_are_left_alone(pipeline: Path, tmp_path: Path) -> N
         run(pipeline, ROWS, tmp_path / "out", default=other)
     with pytest.raises(UserError, match=r"another job \(other seed\)"):
         run(pipeline, ROWS, tmp_path / "out", default=wish(seed=1))
-    with (tmp_path / "out/job.json").open() as held:
+    with (tmp_path / "out/.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process draws into it"):
             run(pipeline, ROWS, tmp_path / "out")
@@ -212,6 +212,27 @@ def test_other_jobs_pictures_are_left_alone(pipeline: Path, tmp_path: Path) -> N
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         run(pipeline, ROWS, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_of_two_that_find_a_folder_empty_one_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes when the first has looked, and has not yet written whose folder it is."""
+    write_json = job_module.write_json
+
+    def second_comes(path: Path, identity: dict[str, Any]) -> None:
+        monkeypatch.setattr(job_module, "write_json", write_json)
+        with (
+            pytest.raises(UserError, match="another process draws into it"),
+            job_module._claimed(tmp_path, {"seed": 2}),
+        ):
+            pass
+        write_json(path, identity)
+
+    monkeypatch.setattr(job_module, "write_json", second_comes)
+    with job_module._claimed(tmp_path, {"seed": 1}):
+        assert json.loads((tmp_path / "job.json").read_text()) == {"seed": 1}
 
 
 def test_each_job_has_a_folder_of_its_own(

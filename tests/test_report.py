@@ -42,7 +42,7 @@ from ldm.scenes.lists import read_description, scene_of
 from ldm.scenes.reader import mismatch, read_scene
 from ldm.scenes.render import draw
 from ldm.scenes.world import lay_out
-from ldm.shards import ShardWriter
+from ldm.shards import writing_shard
 
 CPU = torch.device("cpu")
 EVIL = """<script>alert("x")</script> & 'more'"""
@@ -62,11 +62,11 @@ def write_images(out: Path, sizes: dict[str, int], skips: Sequence[Skip]) -> Non
     inputs = {"train.csv": "a1" * 32, "validation.csv": "b2" * 32}
     with writing(out, "images", config=config, inputs=inputs, counts=dict(sizes)) as fresh:
         for split, count in sizes.items():
-            with ShardWriter(fresh, split, 1000) as writer:
+            with writing_shard(fresh / f"{split}-00000.tar") as append:
                 for row in range(count):
                     picture = encode_png(draw(scene_of("retrain", split, row)[1]))
                     about = json.dumps({"caption": f"{split} {row} {EVIL}"}).encode()
-                    writer.write(f"{row:08d}", {"png": picture, "json": about})
+                    append(f"{row:08d}", {"png": picture, "json": about})
         write_json(fresh / "report.json", ingest_report(reasons))
         write_skipped(fresh / "skipped.csv", skips)
 
@@ -82,10 +82,10 @@ def write_latents(out: Path, images: Path, vae: AutoencoderKL, sizes: dict[str, 
     with writing(out, "latents", config=config, inputs=inputs, counts=dict(sizes)) as fresh:
         for split, count in sizes.items():
             pixels = np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])
-            with ShardWriter(fresh, split, 1000) as writer:
+            with writing_shard(fresh / f"{split}-00000.tar") as append:
                 for row, moments in enumerate(posterior_moments(vae, pixels, CPU)):
                     about = json.dumps({"caption": "", "text": text_key("")}).encode()
-                    writer.write(f"{row:08d}", {MOMENTS: to_npy(moments), ABOUT: about})
+                    append(f"{row:08d}", {MOMENTS: to_npy(moments), ABOUT: about})
 
 
 def write_model(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from ldm import shards
 from ldm.artifacts import opening, writing
 from ldm.errors import UserError
-from ldm.shards import ShardReader, ShardWriter
+from ldm.shards import ShardReader
+from tests.shards import write_shards
 
 MEMBERS = frozenset({"png", "json"})
 SAMPLES = {f"{row:08d}": {"png": b"p" * row, "json": b'{"row": %d}' % row} for row in range(5)}
@@ -24,9 +25,7 @@ SAMPLES = {f"{row:08d}": {"png": b"p" * row, "json": b'{"row": %d}' % row} for r
 
 def write(folder: Path, samples: dict[str, dict[str, bytes]], a_shard: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(folder, "train", a_shard) as writer:
-        for key, members in samples.items():
-            writer.write(key, members)
+    write_shards(folder, "train", samples.items(), a_shard)
     return folder
 
 

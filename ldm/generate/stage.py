@@ -25,7 +25,7 @@ from ldm.locks import held
 from ldm.models import digest_weights, locate
 from ldm.progress import progress, say
 from ldm.sampling import Painter, Request
-from ldm.shards import ShardWriter
+from ldm.shards import writing_shard
 from ldm.text import cut_off
 
 Prompts = Path | list[dict[str, Any]]
@@ -33,7 +33,7 @@ Prompts = Path | list[dict[str, Any]]
 
 LOOSE_PART = 200
 """Rows drawn and published together where pictures are loose files."""
-JOB, TABLES, ASIDE = "job.json", "tables", ".drawing"
+JOB, LOCK, TABLES, ASIDE = "job.json", ".lock", "tables", ".drawing"
 IMAGES, SKIPPED = "images.jsonl", "skipped.jsonl"
 WARNINGS = 10
 """Cut prompts that are told one by one; all are marked in the table."""
@@ -135,11 +135,12 @@ def _identity(painter: Painter, prompts: Prompts, job: Job, network: str) -> dic
 def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold ``out`` for this job; pictures of another are never mixed with or replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / JOB).is_file():
-        if any(path.name != f".{JOB}.writing" for path in out.iterdir()):
-            raise UserError(f"{out}: is not empty; give another --out")
-        write_json(out / JOB, identity)
-    with held(out / JOB, f"{out}: another process draws into it; wait for it"):
+    found = {path.name for path in out.iterdir()}
+    if JOB not in found and found - {LOCK, f".{JOB}.writing"}:  # Of others: not even a lock.
+        raise UserError(f"{out}: is not empty; give another --out")
+    with held(out / LOCK, f"{out}: another process draws into it; wait for it"):
+        if not (out / JOB).is_file():
+            write_json(out / JOB, identity)
         known = json.loads((out / JOB).read_text())
         other = sorted(key for key in identity if known.get(key) != identity[key])
         if other:
@@ -212,17 +213,16 @@ def _draw_part(
         for one, pixels in zip(group, drawn, strict=True):
             write_whole(aside / f"{one.name}.png", encode_png(pixels))
             bar.update()
-    if sharded:
-        with ShardWriter(aside, "shard", max(1, len(drawings))) as shard:
-            for one in drawings:
-                about = _json(_line(one)).encode()
-                picture = (aside / f"{one.name}.png").read_bytes()
-                shard.write(one.name, {"png": picture, "json": about})
-        if drawings:
-            (aside / "shard-00000.tar").replace(out / f"images-{part:05d}.tar")
-    else:
+    if not sharded:
         for one in drawings:
             (aside / f"{one.name}.png").replace(out / f"{one.name}.png")
+    elif drawings:
+        packed = aside / f"images-{part:05d}.tar"
+        with writing_shard(packed) as append:
+            for one in drawings:
+                picture = (aside / f"{one.name}.png").read_bytes()
+                append(one.name, {"png": picture, "json": _json(_line(one)).encode()})
+        packed.replace(out / packed.name)
     shutil.rmtree(aside)
 
 

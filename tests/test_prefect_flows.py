@@ -1,0 +1,155 @@
+"""The Prefect flows' own part: what they run, what ends it, and when nothing is to be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from flows import process
+from flows.generate import generate
+from flows.process import run
+from flows.retrain import reported
+from ldm.artifacts import opening, write_json, writing
+from tests.launched import wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# What ends a stage
+
+
+class Cancelled(BaseException):
+    """As Prefect's: no Exception."""
+
+
+def run_and_cancel(script: str, command: list[str], folder: Path) -> None:
+    """Cancel when ``script.py`` says that it is ready."""
+
+    def log(line: str) -> None:
+        if line == "ready":
+            raise Cancelled
+
+    (folder / "script.py").write_text(textwrap.dedent(script))
+    with pytest.raises(Cancelled):
+        run(command, folder, log)
+
+
+def test_a_cancelled_stage_may_stop_in_good_order(tmp_path: Path) -> None:
+    """It outlives what started it, as a training does DVC, and may say so."""
+    script = """
+        import pathlib, signal, sys, time
+
+        def stop(*_):
+            time.sleep(0.5)
+            print("stopped", flush=True)
+            pathlib.Path("stopped").touch()
+            sys.exit()
+
+        signal.signal(signal.SIGTERM, stop)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    run_and_cancel(script, ["bash", "-c", f"{sys.executable} script.py & wait"], tmp_path)
+    assert (tmp_path / "stopped").exists()
+
+
+def test_a_cancelled_stage_that_does_not_stop_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE_S", 0.5)
+    script = """
+        import os, pathlib, signal, time
+
+        pathlib.Path("pid").write_text(str(os.getpid()))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    run_and_cancel(script, [sys.executable, "script.py"], tmp_path)
+    with pytest.raises(ProcessLookupError):  # A zombie would be found.
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.slow
+def test_a_cancelled_retraining_ends_its_stage(tmp_path: Path) -> None:
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    command = "trap 'touch stopped; exit 1' TERM; touch started; sleep 60 & wait"
+    write_json(tmp_path / "dvc.yaml", {"stages": {"ingest": {"cmd": command}}})  # JSON is YAML.
+    code = "from pathlib import Path; from flows.retrain import retrain; retrain(Path.cwd())"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    try:
+        wait_for((tmp_path / "started").exists, flow)
+        flow.terminate()
+        flow.wait(30)
+    finally:
+        flow.kill()
+    assert (tmp_path / "stopped").exists()
+
+
+# What is run
+
+
+@pytest.mark.parametrize("name", ["retrain", "promote", "generate"])
+def test_help_starts_nothing(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"flows.{name}", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PREFECT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(("told", "seed"), [({}, 7), ({"seed": 0}, 0)])
+def test_what_generate_is_not_told_params_yaml_says(
+    pipeline: Path, tmp_path: Path, told: dict[str, int], seed: int
+) -> None:
+    write_json(tmp_path / "params.yaml", {"generate": {"seed": 7, "steps": 1}})
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    with disable_run_logger():
+        said = generate.fn("prompts.txt", "out", str(pipeline), **told, root=tmp_path)
+    assert said == "generate: 1 pictures -> out"
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["seed"] == seed
+
+
+# When nothing is to be done
+
+
+def test_reported_is_what_the_page_is_about(tmp_path: Path) -> None:
+    """A page of the training before means that what follows the evaluation has failed."""
+
+    def evaluate(model: str, metrics: str) -> None:
+        inputs = {"model": model, "prompts": "p"}
+        with writing(tmp_path / "artifacts/eval", "eval", config={}, inputs=inputs) as fresh:
+            (fresh / "metrics.json").write_text(metrics)
+
+    def report(model: str) -> None:
+        judged = opening(tmp_path / "artifacts/eval", "eval", "evaluate").digest
+        inputs = {"images": "i", "latents": "l", "model": model, "eval": judged}
+        with writing(tmp_path / "artifacts/report", "report", config={}, inputs=inputs) as fresh:
+            (fresh / "index.html").touch()
+
+    assert not reported(tmp_path)
+    evaluate("first", "good")
+    assert not reported(tmp_path)
+    report("first")
+    assert reported(tmp_path)
+    evaluate("first", "better")
+    assert not reported(tmp_path)
+    report("first")
+    evaluate("second", "better")
+    assert not reported(tmp_path)
+    report("second")
+    assert reported(tmp_path)
