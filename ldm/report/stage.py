@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ldm.registry.standing import Standing
 
 PAGE = "index.html"
-SHOWN, MEASURED, BATCH = 8, 64, 8
-"""Reconstructions shown, and measured; decoded so many at a time."""
+SHOWN, MEASURED = 8, 64
+"""Reconstructions shown, and measured."""
 CRISP = 128
 """Pictures up to this side, in pixels, are shown pixel by pixel; larger ones are scaled down."""
 STARTS = {"pretrained": "the pretrained UNet", "random": "random weights"}
@@ -186,26 +186,26 @@ def _training(model: Manifest, curves: Curves) -> list[str]:
 
 @torch.no_grad()
 def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Reconstruction]:
-    """The first validation pictures, decoded from the cached posterior's mean."""
+    """Some validation pictures, decoded from the cached posterior's mean.
+
+    They are the first by name, a hash, so that each aspect bucket has its share of them.
+    """
     extension = images.config["image_format"]
     pictures = ShardReader(images.path, "validation", frozenset({extension, "json"}))
     cached = ShardReader(latents, "validation", SAMPLE_MEMBERS)
     device = device_of()
     vae = load_vae(Source(str(model))).to(device)
-    keys = pictures.keys[:MEASURED]
+    keys = sorted(pictures)[:MEASURED]
     found = []
-    starts = range(0, len(keys), BATCH)
-    for start in progress(starts, "report", len(starts), "batches"):
-        batch = keys[start : start + BATCH]
-        originals = np.stack([decode_image(pictures.read(key, extension)) for key in batch])
-        moments = np.stack([from_npy(cached.read(key, MOMENTS)) for key in batch])
-        means = torch.from_numpy(np.split(moments.astype(np.float32), 2, axis=1)[0])
-        decoded = to_pixels(vae.decode(means.to(device)).sample)
-        quality = psnr(originals, decoded)
-        for at, key in enumerate(batch):
-            caption = json.loads(pictures.read(key, "json"))["caption"]
-            pair = _picture(originals[at]), _picture(decoded[at])
-            found.append(Reconstruction(caption, *pair, float(quality[at])))
+    for key in progress(keys, "report", len(keys), "pictures"):
+        original = decode_image(pictures.read(key, extension))
+        moments = from_npy(cached.read(key, MOMENTS)).astype(np.float32)
+        mean = torch.from_numpy(np.split(moments, 2)[0])[None]
+        decoded = to_pixels(vae.decode(mean.to(device)).sample)
+        (quality,) = psnr(original[None], decoded)
+        caption = json.loads(pictures.read(key, "json"))["caption"]
+        pair = _picture(original), _picture(decoded[0])
+        found.append(Reconstruction(caption, *pair, float(quality)))
     return found
 
 
