@@ -19,24 +19,25 @@ import torch
 from diffusers import AutoencoderKL
 
 import ldm.evaluate as evaluation_stage
-import ldm.registry.standing
+import ldm.report.stage
 from ldm.artifacts import opening, write_json, write_whole, writing
 from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
 from ldm.encode.encoders import posterior_moments
 from ldm.errors import UserError
-from ldm.evaluate import Judged, Prompt
+from ldm.evaluate import Judged
 from ldm.first_stage.vae import build_vae, reconstruct
 from ldm.images import decode_image, encode_png, psnr
 from ldm.ingest.report import report as ingest_report
 from ldm.ingest.report import write_skipped
 from ldm.ingest.rows import Row, Skip
 from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
+from ldm.prompts import GROUPS, Prompt
 from ldm.registry.gate import Decision, judge
 from ldm.registry.gate import verdict as gate_verdict
 from ldm.registry.standing import Standing
 from ldm.report.chart import NARROW, WIDE, Curves, charts, smooth, ticks
 from ldm.report.stage import read_curves, report
-from ldm.report.verdict import change, comparison, figure, percent
+from ldm.report.verdict import SHARES, change, comparison, figure, percent
 from ldm.scenes.lists import prompts as scene_prompts
 from ldm.scenes.lists import read_description, scene_of
 from ldm.scenes.reader import mismatch, read_scene
@@ -372,7 +373,7 @@ def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
             asked.append(digest)
             return answer
 
-        monkeypatch.setattr(ldm.registry.standing, "standing", stub)
+        monkeypatch.setattr(ldm.report.stage, "standing", stub)
         page = made.report(tmp_path / "report", Registry(tracking_uri=f"sqlite:///{database}"))
         assert asked == [opening(made.root / "model", "model", "train").digest]
         return words(page)
@@ -394,8 +395,26 @@ def test_headline_of_a_refusal_is_the_failed_rule(made: Fixture, known: Any) -> 
     text = known(standing(decision({**made.metrics, "adherence": 0.5}), "challenger"))
     assert (
         "not promoted Training report ldm version 3 is not promoted: "
-        "known 80% → 50% (may fall by 0.03 at most)"
+        "known 80% → 50% (may fall by 3 pt at most)"
     ) in text
+
+
+def test_headline_of_a_refusal_keeps_the_rule_that_another_metric_kept(
+    made: Fixture, known: Any
+) -> None:
+    gate = Gate(holds=("adherence", "adherence_heldout"))
+    rows = judge(gate, {**made.metrics, "adherence": 0.5}, REFERENCE, "version 2")
+    refused = Decision("ldm", "3", "version 2", rows, *gate_verdict(rows, "version 2"))
+    assert "known 80% → 50% (may fall by 3 pt at most)" in known(standing(refused, "challenger"))
+
+
+def test_headline_and_rule_of_a_gate_on_clip_alone(made: Fixture, known: Any) -> None:
+    gate = Gate(wins_on=("clip_score",), min_gain=0.5, holds=())
+    rows = judge(gate, made.metrics, REFERENCE, "version 2")
+    promoted = Decision("ldm", "3", "version 2", rows, *gate_verdict(rows, "version 2"))
+    text = known(standing(promoted, "champion"))
+    assert "ldm version 3 is champion: CLIP score 26 → 27.12 " in text
+    assert "24.5 26 27.12 +1.12 must change by +0.5 at least" in text
 
 
 def test_comparison_with_the_former_champion(made: Fixture, known: Any) -> None:
@@ -413,7 +432,7 @@ def test_a_failed_rule_is_marked(made: Fixture) -> None:
     lines = {line.metric: line for line in comparison(now, standing(decision(now)), Gate())}
     assert lines["adherence"].passed is False
     assert lines["adherence"].mood == "bad"
-    assert lines["adherence"].rule == "may fall by 0.03 at most"
+    assert lines["adherence"].rule == "may fall by 3 pt at most"
     assert lines["adherence_new"].passed is None
 
 
@@ -460,6 +479,10 @@ def test_prompts_without_scenes_are_shown_but_not_judged(made: Fixture, tmp_path
     assert "none is judged" in text
     assert "as asked" not in page
     assert "Newly right" not in text
+
+
+def test_every_group_of_prompts_has_its_words() -> None:
+    assert SHARES.keys() == set(GROUPS.values())
 
 
 # --- curves ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +24,21 @@ from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
+from ldm.prompts import GROUPS, Prompt, lines_of
+from ldm.registry.standing import Standing, standing
 from ldm.report.chart import Curves
 from ldm.report.page import Group, Link, Page, Picture, Reconstruction, Sample, render
-from ldm.report.verdict import GROUPS, compared_with, comparison, registered, verdict
+from ldm.report.verdict import (
+    SHARES,
+    compared_with,
+    comparison,
+    heading,
+    registered,
+    verdict,
+)
 from ldm.run_log import LOG, entries
 from ldm.shards import ShardReader
 from ldm.tracking.connection import may_exist, tracking_uri
-
-if TYPE_CHECKING:
-    from ldm.registry.standing import Standing
 
 PAGE = "index.html"
 SHOWN, MEASURED = 8, 64
@@ -53,16 +59,16 @@ def report(
     The registry may be missing: the page then says that the model is not registered.
     """
     made = _opened(images, latents, model, evaluation)
-    standing = _standing(registry, made["model"].digest)
+    found = _standing(registry, made["model"].digest)
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    lines = comparison(metrics, standing, registry.gate)
+    lines = comparison(metrics, found, registry.gate)
     curves = read_curves(model / LOG)
     reconstructions = _reconstructions(made["images"], latents, model)
     page = Page(
-        verdict=verdict(standing, lines),
-        registered=registered(standing),
+        verdict=verdict(found, lines),
+        registered=registered(found),
         groups=_groups(evaluation, metrics),
-        champion=compared_with(standing),
+        champion=compared_with(found),
         lines=lines,
         curves=curves,
         training=_training(made["model"], curves),
@@ -96,38 +102,41 @@ def _opened(images: Path, latents: Path, model: Path, evaluation: Path) -> dict[
 
 def _standing(registry: Registry, model_digest: str) -> Standing | None:
     """What the registry knows of the model."""
-    if not may_exist(tracking_uri(registry.tracking_uri)):
-        return None
-    from ldm.registry.standing import standing
-
-    return standing(registry, model_digest)
+    known = may_exist(tracking_uri(registry.tracking_uri))
+    return standing(registry, model_digest) if known else None
 
 
 def _groups(evaluation: Path, metrics: Mapping[str, Any]) -> list[Group]:
     samples: dict[str, list[Sample]] = {group: [] for group in GROUPS}
-    for number, line in enumerate((evaluation / "samples.jsonl").read_text().splitlines()):
+    for number, line in enumerate(lines_of(evaluation / "samples.jsonl")):
         told = json.loads(line)
+        fault, start_fault = told.pop("fault"), told.pop("start_fault")
+        prompt = Prompt(**told)
         drawn, before = (
             _picture(decode_image((evaluation / folder / f"{number:03d}.png").read_bytes()))
             for folder in ("model", "start")
         )
-        prompt = told["prompt"]
-        chinese = any("一" <= letter <= "鿿" for letter in prompt)
-        samples.setdefault(told["group"], []).append(
+        samples[prompt.group].append(
             Sample(
-                prompt=prompt,
-                language="zh" if chinese else "en" if prompt.isascii() else "",
-                gloss="" if prompt.isascii() else told["english"],
-                judged=told["scene"] is not None,
-                fault=told["fault"],
-                start_fault=told["start_fault"],
+                prompt=prompt.prompt,
+                language=prompt.language,
+                gloss="" if prompt.prompt.isascii() else prompt.english,
+                judged=prompt.scene is not None,
+                fault=fault,
+                start_fault=start_fault,
                 picture=drawn,
                 start_picture=before,
             )
         )
     return [
-        Group(name, meaning, metrics["start"].get(metric), metrics.get(metric), samples[group])
-        for group, (metric, name, meaning) in GROUPS.items()
+        Group(
+            heading(SHARES[metric][0]),
+            SHARES[metric][1],
+            metrics["start"].get(metric),
+            metrics.get(metric),
+            samples[group],
+        )
+        for group, metric in GROUPS.items()
         if samples[group]
     ]
 
