@@ -35,7 +35,7 @@ from ldm.prompts import GROUPS, Prompt
 from ldm.registry.gate import Decision, judge
 from ldm.registry.gate import verdict as gate_verdict
 from ldm.registry.standing import Standing
-from ldm.report.chart import NARROW, WIDE, Curves, charts, smooth, ticks
+from ldm.report.chart import WIDTHS, Curves, charts, smooth, ticks
 from ldm.report.stage import read_curves, report
 from ldm.report.verdict import SHARES, change, comparison, figure, percent
 from ldm.scenes.lists import prompts as scene_prompts
@@ -49,10 +49,10 @@ CPU = torch.device("cpu")
 EVIL = """<script>alert("x")</script> & 'more'"""
 EVIL_FAULT = "<b>2</b> objects & no <img src=x onerror=alert(1)>"
 SIZES = {"train": 6, "validation": 12}
-ARTEFACTS = ("images", "latents", "model", "eval")
+ARTIFACTS = ("images", "latents", "model", "eval")
 
 
-# --- artefacts as the stages write them -----------------------------------------------------------
+# --- artifacts as the stages write them -----------------------------------------------------------
 
 
 def write_images(out: Path, sizes: dict[str, int], skips: Sequence[Skip]) -> None:
@@ -166,14 +166,14 @@ class Fixture:
     metrics: dict[str, Any]
 
     def report(self, out: Path, registry: Registry | None = None) -> str:
-        paths = (self.root / name for name in ARTEFACTS)
+        paths = (self.root / name for name in ARTIFACTS)
         report(registry or Registry(tracking_uri=f"sqlite:///{out}.db"), *paths, out)
         return (out / "index.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
-    root = tmp_path_factory.mktemp("artefacts")
+    root = tmp_path_factory.mktemp("artifacts")
     torch.manual_seed(0)
     vae = build_vae(VaeTraining(widths=(8, 8), norm_groups=4), 64).eval()
     prompts = some_prompts(5)
@@ -321,24 +321,24 @@ def test_without_a_registry_nothing_is_asked_and_no_database_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
 
-def test_same_artefacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:
+def test_same_artifacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:
     assert made.report(tmp_path / "report") == page
     digests = opening(tmp_path / "report", "report", "report").inputs
-    assert digests == {name: opening(made.root / name, name, "x").digest for name in ARTEFACTS}
+    assert digests == {name: opening(made.root / name, name, "x").digest for name in ARTIFACTS}
 
 
-@pytest.mark.parametrize("missing", ARTEFACTS)
-def test_a_missing_artefact_names_its_stage(made: Fixture, tmp_path: Path, missing: str) -> None:
-    paths = [made.root / name if name != missing else tmp_path / name for name in ARTEFACTS]
+@pytest.mark.parametrize("missing", ARTIFACTS)
+def test_a_missing_artifact_names_its_stage(made: Fixture, tmp_path: Path, missing: str) -> None:
+    paths = [made.root / name if name != missing else tmp_path / name for name in ARTIFACTS]
     stage = {"images": "ingest", "latents": "encode", "model": "train", "eval": "evaluate"}[missing]
     with pytest.raises(UserError, match=f"{missing}: no such directory; run `ldm {stage}`"):
         report(Registry(), *paths, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-def test_artefacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) -> None:
+def test_artifacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train": 1, "validation": 1}, ())
-    paths = [tmp_path / "images", *(made.root / name for name in ARTEFACTS[1:])]
+    paths = [tmp_path / "images", *(made.root / name for name in ARTIFACTS[1:])]
     with pytest.raises(UserError, match="latents: was made from another images than"):
         report(Registry(), *paths, tmp_path / "report")
 
@@ -469,7 +469,7 @@ def test_prompts_without_scenes_are_shown_but_not_judged(made: Fixture, tmp_path
     prompts = [Prompt("a dog in the snow", 0), Prompt("雪地里的狗", 1)]
     nothing = Judged(made.now.pixels[:2], [None, None])
     write_eval(tmp_path / "eval", made.root / "model", prompts, nothing, nothing)
-    paths = [made.root / name for name in ARTEFACTS[:3]]
+    paths = [made.root / name for name in ARTIFACTS[:3]]
     report(Registry(tracking_uri="sqlite:///none.db"), *paths, tmp_path / "eval", tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     text = words(page)
@@ -514,7 +514,7 @@ def test_curves_leave_out_what_is_no_number(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "log.jsonl") == Curves([2], [0.5], [0.1], [(3, 0.4)])
 
 
-@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("width", WIDTHS.values())
 @pytest.mark.parametrize("points", [0, 1, 2, 30, 5000])
 def test_charts_of_any_length_stay_small_and_inside(points: int, width: int) -> None:
     steps = list(range(20, 20 * points + 1, 20))

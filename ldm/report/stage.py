@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ldm.artifacts import Manifest, opening, write_whole, writing
 from ldm.config import Registry
+from ldm.config.section import as_text, flat
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import decode_image, psnr, to_pixels
@@ -55,7 +56,7 @@ def report(
 ) -> None:
     """Write ``index.html``, one page that needs no other file, to ``out``.
 
-    Raises :class:`UserError` when an artefact is missing or was not made from the one before it.
+    Raises :class:`UserError` when an artifact is missing or was not made from the one before it.
     The registry may be missing: the page then says that the model is not registered.
     """
     made = _opened(images, latents, model, evaluation)
@@ -229,14 +230,7 @@ def _chain(made: Mapping[str, Manifest]) -> list[Link]:
             for name, digest in manifest.inputs.items()
             if name not in made and name not in lists
         }
-        settings = {**dict(_flat(manifest.config)), "made by": manifest.made_by}
+        settings = {name: as_text(value) for name, value in flat(manifest.config)}
+        settings["made by"] = manifest.made_by
         links.append(Link(kind, counts, {kind: manifest.digest}, parts, settings))
     return links
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
