@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import CLIPModel, CLIPTokenizer
 
 from ldm.artifacts import Manifest, digest_file, opening, write_json, write_whole, writing
+from ldm.autoencoder import pixels_a_latent
 from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
 from ldm.device import device_of, settled_sampling
@@ -28,32 +30,16 @@ from ldm.models import (
 )
 from ldm.pipeline import load_unet
 from ldm.progress import progress, say
+from ldm.prompts import GROUPS, Prompt, read_prompts
 from ldm.run_log import last_val_loss
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
 from ldm.scenes.reader import mismatch, read_scene
+from ldm.scenes.world import CANVAS
 from ldm.text import tokenize
 from ldm.unet import random_like
 
-GROUPS = {"known": "adherence", "new": "adherence_new", "heldout": "adherence_heldout"}
-"""Prompt group to metric: the share of its pictures that show exactly what was asked."""
-GRID_A_GROUP = 8
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A line of ``prompts.jsonl``; ``seed`` is the picture's own.
-
-    ``scene`` is the description that the reader holds the picture against; prompts of the open
-    world have none and are scored by CLIP alone. ``english`` is the gloss of a prompt in another
-    script.
-    """
-
-    prompt: str
-    seed: int
-    group: str = "known"
-    english: str = ""
-    scene: dict[str, Any] | None = None
+SHEET_COLUMNS, SHEET_ROWS = 8, 3
 
 
 @dataclass(frozen=True)
@@ -85,25 +71,27 @@ def evaluate(
     Writes ``metrics.json``, ``samples.png`` (captioned grid), ``samples.jsonl`` (a line a prompt)
     and the pictures, ``model/NNN.png`` and ``start/NNN.png``.
     """
+    prompts = read_prompts(prompts_file, config.sampling.seed)
     trained = opening(model, "model", "train")
     sampling = settled_sampling(config.sampling, device_of())
     config = config.model_copy(update={"sampling": sampling})
-    prompts = read_prompts(prompts_file, config.sampling.seed)
     inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
     ) as fresh:
         painter = Painter.load(Source(str(model)), pretrained.network)
+        _expect_readable(painter, prompts, prompts_file)
         start = _start(trained, pretrained, painter)
+        clip = load_clip(locate_clip(pretrained.clip, pretrained.clip_revision))
         judged = _judge(config, painter, prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")
         metrics: dict[str, Any] = {
             **judged.adherence(prompts),
-            "clip_score": _clip_score(pretrained, prompts, judged.pixels),
+            "clip_score": _clip_score(*clip, prompts, judged.pixels),
             "val_loss": last_val_loss(model),
             "start": {
                 **before.adherence(prompts),
-                "clip_score": _clip_score(pretrained, prompts, before.pixels),
+                "clip_score": _clip_score(*clip, prompts, before.pixels),
             },
         }
         write_json(fresh / "metrics.json", metrics)
@@ -116,22 +104,15 @@ def evaluate(
     say(f"evaluate: {told} -> {out}")
 
 
-def read_prompts(path: Path, seed: int) -> list[Prompt]:
-    """The evaluation prompts; picture ``i`` is drawn with seed ``seed + i``."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `ldm scenes` to write it")
-    prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            prompts.append(Prompt(**json.loads(line), seed=seed + number - 1))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number}: is not an evaluation prompt ({error})") from error
-    return prompts
-
-
-def gloss(prompt: Prompt) -> str:
-    """The prompt in Latin letters: Chinese ones by their English wording, marked."""
-    return prompt.prompt if prompt.prompt.isascii() else f"[zh] {prompt.english}".strip()
+def _expect_readable(painter: Painter, prompts: Sequence[Prompt], file: Path) -> None:
+    """Raise :class:`UserError` if a scene is asked for, and drawn larger or smaller than scenes."""
+    side = painter.latent_size(None, None)[0] * pixels_a_latent(painter.vae)
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt.scene and side != CANVAS:
+            raise UserError(
+                f"{file}:{number}: has a scene, which is read from {CANVAS} pixels, and the model "
+                f"draws {side}; take the scenes out, and CLIP alone judges"
+            )
 
 
 def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Painter:
@@ -166,8 +147,9 @@ def _judge(config: Evaluate, painter: Painter, prompts: Sequence[Prompt], what: 
     return Judged(pixels, faults)
 
 
-def _clip_score(pretrained: Pretrained, prompts: Sequence[Prompt], pixels: np.ndarray) -> float:
-    tokenizer, clip = load_clip(locate_clip(pretrained.clip, pretrained.clip_revision))
+def _clip_score(
+    tokenizer: CLIPTokenizer, clip: CLIPModel, prompts: Sequence[Prompt], pixels: np.ndarray
+) -> float:
     device = device_of()
     ids = tokenize(tokenizer, [prompt.prompt for prompt in prompts])
     return round(float(clip_scores(clip.to(device), pixels, ids, device).mean()), 3)
@@ -183,17 +165,30 @@ def _write_samples(fresh: Path, prompts: Sequence[Prompt], judged: Judged, befor
         for prompt, fault, earlier in zip(prompts, judged.faults, before.faults, strict=True)
     ]
     write_whole(fresh / "samples.jsonl", ("\n".join(lines) + "\n").encode())
-    shown = [
-        number
-        for group in GROUPS
-        for number in [i for i, prompt in enumerate(prompts) if prompt.group == group][
-            :GRID_A_GROUP
-        ]
-    ]
-    grid = captioned_grid(
-        [judged.pixels[i] for i in shown],
-        [gloss(prompts[i]) for i in shown],
-        [judged.faults[i] is None for i in shown],
-        columns=GRID_A_GROUP,
+    shown = _shown(prompts)
+    sheet = captioned_grid(
+        [judged.pixels[number] for number in shown],
+        [_caption(prompts[number], number) for number in shown],
+        min(SHEET_COLUMNS, len(shown)),
+        [judged.faults[number] is None if prompts[number].scene else None for number in shown],
     )
-    write_whole(fresh / "samples.png", encode_png(grid))
+    write_whole(fresh / "samples.png", encode_png(sheet))
+
+
+def _shown(prompts: Sequence[Prompt]) -> list[int]:
+    """The first prompts of each group that there is, of each as many, by number."""
+    numbers = {
+        group: [number for number, prompt in enumerate(prompts) if prompt.group == group]
+        for group in GROUPS
+    }
+    there = [own for own in numbers.values() if own]
+    most = SHEET_COLUMNS * (SHEET_ROWS // len(there))
+    return [number for own in there for number in own[:most]]
+
+
+def _caption(prompt: Prompt, number: int) -> str:
+    """A prompt in the letters that a sheet has: one in others by its English wording, or file."""
+    if prompt.prompt.isascii():
+        return prompt.prompt
+    told = prompt.english or f"{number:03d}.png"
+    return f"[{prompt.language}] {told}" if prompt.language else told

@@ -44,7 +44,7 @@ def explain(
         shown = LOOKS if name == "forward" else LOOKS[::-1]
         tiles = [frames[look * STEPS // 100] for look in shown]
         captions = [f"{look} % noise" for look in shown]
-        strip = captioned_grid(tiles, captions, [None] * len(shown), columns=len(shown))
+        strip = captioned_grid(tiles, captions, columns=len(shown))
         write_whole(out / f"{name}.png", encode_png(strip))
     write_whole(out / "diffusion.gif", animation([*there, *back]))
     say(f"explain: forward.png, reverse.png, diffusion.gif -> {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,15 +10,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, TEXT, GAP = 160, 64, 10
 FONT = ImageFont.load_default(12)
-"""Pillow's own: it is there on every machine, and has Latin letters only."""
+"""Pillow's own: it is there on every machine, and has the letters of ASCII only."""
+LINES, MORE = 4, "…"
+"""Of a caption: as many as there is room for, and what stands for the rest."""
 GOOD, BAD, INK, PAPER = (38, 140, 70), (200, 50, 45), (40, 40, 45), (255, 255, 255)
 
 
 def captioned_grid(
     pictures: Sequence[np.ndarray],
     captions: Sequence[str],
-    marks: Sequence[bool | None],
     columns: int,
+    marks: Sequence[bool | None] | None = None,
 ) -> np.ndarray:
     """uint8 pictures (h, w, 3) to one uint8 sheet; marks frame them green or red."""
     rows = -(-len(pictures) // columns)
@@ -25,6 +28,7 @@ def captioned_grid(
         "RGB", (columns * (CELL + GAP) + GAP, rows * (CELL + TEXT + GAP) + GAP), PAPER
     )
     draw = ImageDraw.Draw(sheet)
+    marks = marks or [None] * len(pictures)
     for number, (picture, caption, right) in enumerate(zip(pictures, captions, marks, strict=True)):
         x = GAP + number % columns * (CELL + GAP)
         y = GAP + number // columns * (CELL + TEXT + GAP)
@@ -38,12 +42,24 @@ def captioned_grid(
 
 
 def wrap(text: str, width: int) -> str:
-    """Break a caption at spaces into lines of ``width`` pixels."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if FONT.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    """Break a caption into lines of ``width`` pixels, at spaces where it has them.
+
+    What is more than ``LINES`` is cut off.
+    """
+    rest = " ".join(text.split())
+    lines: list[str] = []
+    while rest and len(lines) < LINES:
+        end = _fitting(rest, width)
+        if end < len(rest) and " " in rest[: end + 1]:
+            end = rest.rindex(" ", 0, end + 1)
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    if rest:
+        lines[-1] = lines[-1][: _fitting(lines[-1], width - FONT.getlength(MORE))] + MORE
     return "\n".join(lines)
+
+
+def _fitting(text: str, width: float) -> int:
+    """How many of its letters have room in ``width`` pixels; at least one."""
+    ends = range(2, len(text) + 1)
+    return 1 + bisect_right(ends, width, key=lambda end: FONT.getlength(text[:end]))

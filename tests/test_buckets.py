@@ -20,21 +20,24 @@ from PIL import Image
 
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
-from ldm.config import Encode, FirstStage, Ingest, Pretrained, Train
+from ldm.config import Encode, FirstStage, Ingest, Pretrained, Registry, Train
 from ldm.encode.encoders import posterior_moments
 from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.first_stage.stage import first_stage
-from ldm.images import decode_image
+from ldm.first_stage.vae import reconstruct
+from ldm.images import decode_image, psnr
 from ldm.ingest.buckets import Size, buckets, nearest
 from ldm.ingest.stage import ingest
 from ldm.models import Source, load_vae
+from ldm.report.stage import report
 from ldm.shards import ShardReader
 from ldm.train.data import TrainingBatches
 from ldm.train.stage import train
 from ldm.train.trainer import Trainer
 from tests.launched import SHORT, launch, wait_for
 from tests.served import photograph, serving, write_list
+from tests.test_evaluate import evaluated
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 STEPS, SIDES = st.sampled_from([8, 16, 24, 64]), st.integers(1, 12)
@@ -366,6 +369,23 @@ def test_validation_is_the_same_whatever_the_batch_size(
         losses.append(json.loads((model / "log.jsonl").read_text().splitlines()[-1]))
     for name in ("val_loss", "val_loss_bands"):
         assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-5)
+
+
+def test_the_report_has_reconstructions_of_every_size(
+    images: Path, pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    model = run_here(pipeline, latents, tmp_path, steps=1)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n')
+    evaluation = evaluated(pipeline, model, tmp_path / "prompts.jsonl")
+    registry = Registry(tracking_uri=f"sqlite:///{tmp_path}/none.db")
+    report(registry, images, latents, model, evaluation, tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "over 5 pictures" in page
+    vae = load_vae(Source(str(model)))
+    for name, (content, _) in samples(images, "validation").items():
+        pixels = decode_image(content)[None].copy()
+        (quality,) = psnr(pixels, reconstruct(vae, pixels, torch.device("cpu")))
+        assert f'a {name} caption</span> <b class="number">{quality:.1f} dB' in page
 
 
 def test_a_random_unet_draws_squares_unasked(pipeline: Path, latents: Path, tmp_path: Path) -> None:

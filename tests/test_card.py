@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 
 from ldm.artifacts import opening
 from ldm.config import Ingest
-from ldm.grid import CELL, GAP, captioned_grid
+from ldm.grid import CELL, GAP, TEXT, captioned_grid, wrap
 from ldm.ingest.card import card
 from ldm.ingest.histogram import BAR, Histogram, chart, histogram
 from ldm.ingest.markdown import plain, table
@@ -94,11 +94,23 @@ def test_table() -> None:
 def test_pictures_on_the_sheet_keep_their_shape() -> None:
     red = np.full((32, 64, 3), (255, 0, 0), np.uint8)
     for picture, size in ((red, (80, 160)), (red.swapaxes(0, 1), (160, 80))):
-        sheet = captioned_grid([picture], [""], [None], 1)
+        sheet = captioned_grid([picture], [""], 1)
         places = np.argwhere((sheet == (255, 0, 0)).all(axis=2))
         first, last = places.min(axis=0), places.max(axis=0)
         assert tuple(last - first + 1) == size and len(places) == 80 * 160
         assert (np.abs(first + last + 1 - (2 * GAP + CELL)) <= 1).all()
+
+
+def test_a_caption_stays_in_its_place() -> None:
+    """Under its own picture, whatever its length; words that are too long are broken."""
+    blank = np.full((64, 64, 3), 255, np.uint8)
+    for caption in ("word " * 100, "w" * 500, "w" * 30 + " and more"):
+        sheet = captioned_grid([blank] * 4, [caption, "", "", ""], 2)
+        inked = np.argwhere((sheet < 255).any(axis=2))
+        (top, left), (bottom, right) = inked.min(axis=0), inked.max(axis=0)
+        assert left >= GAP and right < GAP + CELL
+        assert top >= GAP + CELL and bottom < GAP + CELL + TEXT
+    assert wrap("word " * 100, CELL).endswith("…") and not wrap("a word", CELL).endswith("…")
 
 
 # --- the card

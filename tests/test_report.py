@@ -19,24 +19,25 @@ import torch
 from diffusers import AutoencoderKL
 
 import ldm.evaluate as evaluation_stage
-import ldm.registry.standing
+import ldm.report.stage
 from ldm.artifacts import opening, write_json, write_whole, writing
 from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
 from ldm.encode.encoders import posterior_moments
 from ldm.errors import UserError
-from ldm.evaluate import Judged, Prompt
+from ldm.evaluate import Judged
 from ldm.first_stage.vae import build_vae, reconstruct
 from ldm.images import decode_image, encode_png, psnr
 from ldm.ingest.report import report as ingest_report
 from ldm.ingest.report import write_skipped
 from ldm.ingest.rows import Row, Skip
 from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
+from ldm.prompts import GROUPS, Prompt
 from ldm.registry.gate import Decision, judge
 from ldm.registry.gate import verdict as gate_verdict
 from ldm.registry.standing import Standing
-from ldm.report.chart import NARROW, WIDE, Curves, charts, smooth, ticks
+from ldm.report.chart import WIDTHS, Curves, charts, smooth, ticks
 from ldm.report.stage import read_curves, report
-from ldm.report.verdict import change, comparison, figure, percent
+from ldm.report.verdict import SHARES, change, comparison, figure, percent
 from ldm.scenes.lists import prompts as scene_prompts
 from ldm.scenes.lists import read_description, scene_of
 from ldm.scenes.reader import mismatch, read_scene
@@ -48,10 +49,10 @@ CPU = torch.device("cpu")
 EVIL = """<script>alert("x")</script> & 'more'"""
 EVIL_FAULT = "<b>2</b> objects & no <img src=x onerror=alert(1)>"
 SIZES = {"train": 6, "validation": 12}
-ARTEFACTS = ("images", "latents", "model", "eval")
+ARTIFACTS = ("images", "latents", "model", "eval")
 
 
-# --- artefacts as the stages write them -----------------------------------------------------------
+# --- artifacts as the stages write them -----------------------------------------------------------
 
 
 def write_images(out: Path, sizes: dict[str, int], skips: Sequence[Skip]) -> None:
@@ -165,14 +166,14 @@ class Fixture:
     metrics: dict[str, Any]
 
     def report(self, out: Path, registry: Registry | None = None) -> str:
-        paths = (self.root / name for name in ARTEFACTS)
+        paths = (self.root / name for name in ARTIFACTS)
         report(registry or Registry(tracking_uri=f"sqlite:///{out}.db"), *paths, out)
         return (out / "index.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
-    root = tmp_path_factory.mktemp("artefacts")
+    root = tmp_path_factory.mktemp("artifacts")
     torch.manual_seed(0)
     vae = build_vae(VaeTraining(widths=(8, 8), norm_groups=4), 64).eval()
     prompts = some_prompts(5)
@@ -320,24 +321,24 @@ def test_without_a_registry_nothing_is_asked_and_no_database_made(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
 
-def test_same_artefacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:
+def test_same_artifacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:
     assert made.report(tmp_path / "report") == page
     digests = opening(tmp_path / "report", "report", "report").inputs
-    assert digests == {name: opening(made.root / name, name, "x").digest for name in ARTEFACTS}
+    assert digests == {name: opening(made.root / name, name, "x").digest for name in ARTIFACTS}
 
 
-@pytest.mark.parametrize("missing", ARTEFACTS)
-def test_a_missing_artefact_names_its_stage(made: Fixture, tmp_path: Path, missing: str) -> None:
-    paths = [made.root / name if name != missing else tmp_path / name for name in ARTEFACTS]
+@pytest.mark.parametrize("missing", ARTIFACTS)
+def test_a_missing_artifact_names_its_stage(made: Fixture, tmp_path: Path, missing: str) -> None:
+    paths = [made.root / name if name != missing else tmp_path / name for name in ARTIFACTS]
     stage = {"images": "ingest", "latents": "encode", "model": "train", "eval": "evaluate"}[missing]
     with pytest.raises(UserError, match=f"{missing}: no such directory; run `ldm {stage}`"):
         report(Registry(), *paths, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-def test_artefacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) -> None:
+def test_artifacts_of_different_runs_are_refused(made: Fixture, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train": 1, "validation": 1}, ())
-    paths = [tmp_path / "images", *(made.root / name for name in ARTEFACTS[1:])]
+    paths = [tmp_path / "images", *(made.root / name for name in ARTIFACTS[1:])]
     with pytest.raises(UserError, match="latents: was made from another images than"):
         report(Registry(), *paths, tmp_path / "report")
 
@@ -372,7 +373,7 @@ def known(made: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
             asked.append(digest)
             return answer
 
-        monkeypatch.setattr(ldm.registry.standing, "standing", stub)
+        monkeypatch.setattr(ldm.report.stage, "standing", stub)
         page = made.report(tmp_path / "report", Registry(tracking_uri=f"sqlite:///{database}"))
         assert asked == [opening(made.root / "model", "model", "train").digest]
         return words(page)
@@ -394,8 +395,26 @@ def test_headline_of_a_refusal_is_the_failed_rule(made: Fixture, known: Any) -> 
     text = known(standing(decision({**made.metrics, "adherence": 0.5}), "challenger"))
     assert (
         "not promoted Training report ldm version 3 is not promoted: "
-        "known 80% → 50% (may fall by 0.03 at most)"
+        "known 80% → 50% (may fall by 3 pt at most)"
     ) in text
+
+
+def test_headline_of_a_refusal_keeps_the_rule_that_another_metric_kept(
+    made: Fixture, known: Any
+) -> None:
+    gate = Gate(holds=("adherence", "adherence_heldout"))
+    rows = judge(gate, {**made.metrics, "adherence": 0.5}, REFERENCE, "version 2")
+    refused = Decision("ldm", "3", "version 2", rows, *gate_verdict(rows, "version 2"))
+    assert "known 80% → 50% (may fall by 3 pt at most)" in known(standing(refused, "challenger"))
+
+
+def test_headline_and_rule_of_a_gate_on_clip_alone(made: Fixture, known: Any) -> None:
+    gate = Gate(wins_on=("clip_score",), min_gain=0.5, holds=())
+    rows = judge(gate, made.metrics, REFERENCE, "version 2")
+    promoted = Decision("ldm", "3", "version 2", rows, *gate_verdict(rows, "version 2"))
+    text = known(standing(promoted, "champion"))
+    assert "ldm version 3 is champion: CLIP score 26 → 27.12 " in text
+    assert "24.5 26 27.12 +1.12 must change by +0.5 at least" in text
 
 
 def test_comparison_with_the_former_champion(made: Fixture, known: Any) -> None:
@@ -413,7 +432,7 @@ def test_a_failed_rule_is_marked(made: Fixture) -> None:
     lines = {line.metric: line for line in comparison(now, standing(decision(now)), Gate())}
     assert lines["adherence"].passed is False
     assert lines["adherence"].mood == "bad"
-    assert lines["adherence"].rule == "may fall by 0.03 at most"
+    assert lines["adherence"].rule == "may fall by 3 pt at most"
     assert lines["adherence_new"].passed is None
 
 
@@ -450,7 +469,7 @@ def test_prompts_without_scenes_are_shown_but_not_judged(made: Fixture, tmp_path
     prompts = [Prompt("a dog in the snow", 0), Prompt("雪地里的狗", 1)]
     nothing = Judged(made.now.pixels[:2], [None, None])
     write_eval(tmp_path / "eval", made.root / "model", prompts, nothing, nothing)
-    paths = [made.root / name for name in ARTEFACTS[:3]]
+    paths = [made.root / name for name in ARTIFACTS[:3]]
     report(Registry(tracking_uri="sqlite:///none.db"), *paths, tmp_path / "eval", tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     text = words(page)
@@ -460,6 +479,10 @@ def test_prompts_without_scenes_are_shown_but_not_judged(made: Fixture, tmp_path
     assert "none is judged" in text
     assert "as asked" not in page
     assert "Newly right" not in text
+
+
+def test_every_group_of_prompts_has_its_words() -> None:
+    assert SHARES.keys() == set(GROUPS.values())
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -491,7 +514,7 @@ def test_curves_leave_out_what_is_no_number(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "log.jsonl") == Curves([2], [0.5], [0.1], [(3, 0.4)])
 
 
-@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("width", WIDTHS.values())
 @pytest.mark.parametrize("points", [0, 1, 2, 30, 5000])
 def test_charts_of_any_length_stay_small_and_inside(points: int, width: int) -> None:
     steps = list(range(20, 20 * points + 1, 20))

@@ -212,7 +212,7 @@ def _sheet(shown: Shown) -> bytes:
     tiles = [np.asarray(Image.open(io.BytesIO(fetched.read()))) for _, fetched in shown]
     labels = [_label(row) for row, _ in shown]
     columns = min(COLUMNS, len(shown))
-    return _png(Image.fromarray(captioned_grid(tiles, labels, [None] * len(shown), columns)))
+    return _png(Image.fromarray(captioned_grid(tiles, labels, columns)))
 
 
 def _label(row: Row) -> str:

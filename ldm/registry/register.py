@@ -6,7 +6,6 @@ The version is named ``challenger``, and its tags say what made it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def register(
     else:
         done = _new_version(client, config, trained, judged, metrics, tags, _samples(latents))
     client.set_registered_model_alias(config.model, versions.CHALLENGER, done.version)
-    what = _adherence(metrics) if done.new else "registered before"
+    what = _figures(metrics) if done.new else "registered before"
     say(f"register: {what} -> {config.model} version {done.version}, {versions.CHALLENGER}")
     return done
 
@@ -96,7 +95,7 @@ def _new_version(
         if samples is not None:
             client.log_text(run.identity, samples, SAMPLES)
         source = store_model(trained.path, Sampling.model_validate(judged.config["sampling"]))
-    version = run.name_version(config.model, source, tags, _adherence(metrics))
+    version = run.name_version(config.model, source, tags, _figures(metrics))
     return Registered(config.model, version, run.identity, new=True)
 
 
@@ -153,11 +152,11 @@ def _lineage(
     return tags
 
 
-def _adherence(metrics: Mapping[str, float]) -> str:
-    """The figures in one line, each beside the starting model's."""
+def _figures(metrics: Mapping[str, float]) -> str:
+    """What was measured of the starting model too, in one line."""
     before = starting(metrics)
     return ", ".join(
-        f"{name} {value:.2f} (start {before.get(name, math.nan):.2f})"
+        f"{name} {value:.2f} (start {before[name]:.2f})"
         for name, value in metrics.items()
-        if name.startswith("adherence")
+        if name in before
     )

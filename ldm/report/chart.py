@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDE, NARROW = 1120, 368
-"""Widths of the charts in CSS pixels: for a desk and for a phone."""
+WIDTHS = {"wide": 1120, "middle": 720, "narrow": 368}
+"""Widths in CSS pixels that charts are drawn for: scaled much more or less, none can be read."""
 POINTS = 400
 """Most points that a line is drawn through."""
 STOPS = 120

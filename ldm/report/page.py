@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ldm.report.chart import NARROW, WIDE, Curves, charts
+from ldm.report.chart import WIDTHS, Curves, charts
 from ldm.report.verdict import Line, Verdict, change, figure, percent
 
 
@@ -129,5 +129,7 @@ def render(page: Page) -> str:
     environment.filters |= {"percent": percent, "figure": figure, "change": change}
     markup = (resources.files("ldm.report") / "page.html").read_text("utf-8")
     # Numbers and words of our own only: nothing in them needs escaping.
-    wide, narrow = ([Markup(one) for one in charts(page.curves, width)] for width in (WIDE, NARROW))
-    return environment.from_string(markup).render(page=page, wide=wide, narrow=narrow)
+    drawn = {
+        name: [Markup(one) for one in charts(page.curves, width)] for name, width in WIDTHS.items()
+    }
+    return environment.from_string(markup).render(page=page, charts=drawn)

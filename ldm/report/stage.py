@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +18,32 @@ from PIL import Image
 
 from ldm.artifacts import Manifest, opening, write_whole, writing
 from ldm.config import Registry
+from ldm.config.section import as_text, flat
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
+from ldm.prompts import GROUPS, Prompt, lines_of
+from ldm.registry.standing import Standing, standing
 from ldm.report.chart import Curves
 from ldm.report.page import Group, Link, Page, Picture, Reconstruction, Sample, render
-from ldm.report.verdict import GROUPS, compared_with, comparison, registered, verdict
+from ldm.report.verdict import (
+    SHARES,
+    compared_with,
+    comparison,
+    heading,
+    registered,
+    verdict,
+)
 from ldm.run_log import LOG, entries
 from ldm.shards import ShardReader
 from ldm.tracking.connection import may_exist, tracking_uri
 
-if TYPE_CHECKING:
-    from ldm.registry.standing import Standing
-
 PAGE = "index.html"
-SHOWN, MEASURED, BATCH = 8, 64, 8
-"""Reconstructions shown, and measured; decoded so many at a time."""
+SHOWN, MEASURED = 8, 64
+"""Reconstructions shown, and measured."""
 CRISP = 128
 """Pictures up to this side, in pixels, are shown pixel by pixel; larger ones are scaled down."""
 STARTS = {"pretrained": "the pretrained UNet", "random": "random weights"}
@@ -49,20 +56,20 @@ def report(
 ) -> None:
     """Write ``index.html``, one page that needs no other file, to ``out``.
 
-    Raises :class:`UserError` when an artefact is missing or was not made from the one before it.
+    Raises :class:`UserError` when an artifact is missing or was not made from the one before it.
     The registry may be missing: the page then says that the model is not registered.
     """
     made = _opened(images, latents, model, evaluation)
-    standing = _standing(registry, made["model"].digest)
+    found = _standing(registry, made["model"].digest)
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    lines = comparison(metrics, standing, registry.gate)
+    lines = comparison(metrics, found, registry.gate)
     curves = read_curves(model / LOG)
     reconstructions = _reconstructions(made["images"], latents, model)
     page = Page(
-        verdict=verdict(standing, lines),
-        registered=registered(standing),
+        verdict=verdict(found, lines),
+        registered=registered(found),
         groups=_groups(evaluation, metrics),
-        champion=compared_with(standing),
+        champion=compared_with(found),
         lines=lines,
         curves=curves,
         training=_training(made["model"], curves),
@@ -96,38 +103,41 @@ def _opened(images: Path, latents: Path, model: Path, evaluation: Path) -> dict[
 
 def _standing(registry: Registry, model_digest: str) -> Standing | None:
     """What the registry knows of the model."""
-    if not may_exist(tracking_uri(registry.tracking_uri)):
-        return None
-    from ldm.registry.standing import standing
-
-    return standing(registry, model_digest)
+    known = may_exist(tracking_uri(registry.tracking_uri))
+    return standing(registry, model_digest) if known else None
 
 
 def _groups(evaluation: Path, metrics: Mapping[str, Any]) -> list[Group]:
     samples: dict[str, list[Sample]] = {group: [] for group in GROUPS}
-    for number, line in enumerate((evaluation / "samples.jsonl").read_text().splitlines()):
+    for number, line in enumerate(lines_of(evaluation / "samples.jsonl")):
         told = json.loads(line)
+        fault, start_fault = told.pop("fault"), told.pop("start_fault")
+        prompt = Prompt(**told)
         drawn, before = (
             _picture(decode_image((evaluation / folder / f"{number:03d}.png").read_bytes()))
             for folder in ("model", "start")
         )
-        prompt = told["prompt"]
-        chinese = any("一" <= letter <= "鿿" for letter in prompt)
-        samples.setdefault(told["group"], []).append(
+        samples[prompt.group].append(
             Sample(
-                prompt=prompt,
-                language="zh" if chinese else "en" if prompt.isascii() else "",
-                gloss="" if prompt.isascii() else told["english"],
-                judged=told["scene"] is not None,
-                fault=told["fault"],
-                start_fault=told["start_fault"],
+                prompt=prompt.prompt,
+                language=prompt.language,
+                gloss="" if prompt.prompt.isascii() else prompt.english,
+                judged=prompt.scene is not None,
+                fault=fault,
+                start_fault=start_fault,
                 picture=drawn,
                 start_picture=before,
             )
         )
     return [
-        Group(name, meaning, metrics["start"].get(metric), metrics.get(metric), samples[group])
-        for group, (metric, name, meaning) in GROUPS.items()
+        Group(
+            heading(SHARES[metric][0]),
+            SHARES[metric][1],
+            metrics["start"].get(metric),
+            metrics.get(metric),
+            samples[group],
+        )
+        for group, metric in GROUPS.items()
         if samples[group]
     ]
 
@@ -186,26 +196,26 @@ def _training(model: Manifest, curves: Curves) -> list[str]:
 
 @torch.no_grad()
 def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Reconstruction]:
-    """The first validation pictures, decoded from the cached posterior's mean."""
+    """Some validation pictures, decoded from the cached posterior's mean.
+
+    They are the first by name, a hash, so that each aspect bucket has its share of them.
+    """
     extension = images.config["image_format"]
     pictures = ShardReader(images.path, "validation", frozenset({extension, "json"}))
     cached = ShardReader(latents, "validation", SAMPLE_MEMBERS)
     device = device_of()
     vae = load_vae(Source(str(model))).to(device)
-    keys = pictures.keys[:MEASURED]
+    keys = sorted(pictures)[:MEASURED]
     found = []
-    starts = range(0, len(keys), BATCH)
-    for start in progress(starts, "report", len(starts), "batches"):
-        batch = keys[start : start + BATCH]
-        originals = np.stack([decode_image(pictures.read(key, extension)) for key in batch])
-        moments = np.stack([from_npy(cached.read(key, MOMENTS)) for key in batch])
-        means = torch.from_numpy(np.split(moments.astype(np.float32), 2, axis=1)[0])
-        decoded = to_pixels(vae.decode(means.to(device)).sample)
-        quality = psnr(originals, decoded)
-        for at, key in enumerate(batch):
-            caption = json.loads(pictures.read(key, "json"))["caption"]
-            pair = _picture(originals[at]), _picture(decoded[at])
-            found.append(Reconstruction(caption, *pair, float(quality[at])))
+    for key in progress(keys, "report", len(keys), "pictures"):
+        original = decode_image(pictures.read(key, extension))
+        moments = from_npy(cached.read(key, MOMENTS)).astype(np.float32)
+        mean = torch.from_numpy(np.split(moments, 2)[0])[None]
+        decoded = to_pixels(vae.decode(mean.to(device)).sample)
+        (quality,) = psnr(original[None], decoded)
+        caption = json.loads(pictures.read(key, "json"))["caption"]
+        pair = _picture(original), _picture(decoded[0])
+        found.append(Reconstruction(caption, *pair, float(quality)))
     return found
 
 
@@ -220,14 +230,7 @@ def _chain(made: Mapping[str, Manifest]) -> list[Link]:
             for name, digest in manifest.inputs.items()
             if name not in made and name not in lists
         }
-        settings = {**dict(_flat(manifest.config)), "made by": manifest.made_by}
+        settings = {name: as_text(value) for name, value in flat(manifest.config)}
+        settings["made by"] = manifest.made_by
         links.append(Link(kind, counts, {kind: manifest.digest}, parts, settings))
     return links
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, float]
 
-GROUPS = {
-    "known": ("adherence", "Known", "what the starting model was made from"),
-    "new": ("adherence_new", "New", "what only the new pairs show"),
-    "heldout": ("adherence_heldout", "Held out", "combinations that no pair shows"),
+SHARES = {
+    "adherence": ("known", "what the starting model was made from"),
+    "adherence_new": ("new", "what only the new pairs show"),
+    "adherence_heldout": ("held out", "combinations that no pair shows"),
 }
-"""Group of prompts to its metric, name and meaning."""
+"""Metric of a group of prompts to the group's name, as in a sentence, and meaning."""
 OTHERS = {
     "clip_score": ("CLIP score", "how well picture and prompt agree; higher is better"),
-    "val_loss": ("Validation loss", "of the averaged weights; lower is better"),
+    "val_loss": ("validation loss", "of the averaged weights; lower is better"),
 }
-SHARES = {metric: (name, meaning) for metric, name, meaning in GROUPS.values()}
 NAMES = SHARES | OTHERS
-_SHARE = f"(?:{'|'.join(sorted(SHARES, key=len, reverse=True))})"
-CHANGES = re.compile(rf"({MEAN})?({_SHARE}(?:, {_SHARE})*) (\d+\.\d+) -> (\d+\.\d+)")
+_NAMED = f"(?:{'|'.join(sorted(NAMES, key=len, reverse=True))})"
+CHANGES = re.compile(rf"({MEAN})?({_NAMED}(?:, {_NAMED})*) (\d+\.\d+) -> (\d+\.\d+)")
+NUMBER = re.compile(r"[+-]?\d\S*")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def change(value: float | None, is_share: bool) -> str:
     return sign + (f"{percent(abs(value), 1)[:-1]} pt" if is_share else f"{abs(value):.3g}")
 
 
+def heading(name: str) -> str:
+    """A name at the head of something."""
+    return name[0].upper() + name[1:]
+
+
 def verdict(standing: Standing | None, lines: Sequence[Line]) -> Verdict:
     """The headline, from what the registry knows of the model."""
     if standing is None:
@@ -110,32 +115,43 @@ def _against_start(lines: Sequence[Line]) -> str:
     """The shares before and after, or the CLIP score where no picture could be judged."""
     shares = [line for line in lines if line.metric in SHARES]
     told = [
-        f"{line.name.lower()} {percent(line.start)} → {percent(line.now)}"
-        for line in shares
+        _from_to([line.metric], line.start, line.now)
+        for line in shares or lines
         if line.start is not None
-    ]
-    told += [
-        f"CLIP score {figure(line.start, False)} → {figure(line.now, False)}"
-        for line in lines
-        if line.metric == "clip_score" and not shares
     ]
     return f"against its start, {', '.join(told)}"
 
 
 def _in_words(decision: Decision) -> str:
-    """The registry's reason, shares in percent, without the rules that were kept."""
+    """The registry's reason, shares in percent, without the rules if all were kept."""
     reason = decision.reason
     for row in decision.rows:
-        if row.passed:
-            reason = reason.replace(f" ({row.rule})", "")
+        told = "" if decision.promoted else f" ({_rule(row)})"
+        reason = reason.replace(f" ({row.rule})", told)
     return CHANGES.sub(_told, reason)
 
 
 def _told(found: re.Match[str]) -> str:
-    several, metrics, before, after = found.groups()
-    told = " and ".join(NAMES[metric][0].lower() for metric in metrics.split(", "))
-    average = " on average" if several else ""
-    return f"{told}{average} {percent(float(before))} → {percent(float(after))}"
+    _, metrics, before, after = found.groups()
+    return _from_to(metrics.split(", "), float(before), float(after))
+
+
+def _from_to(metrics: Sequence[str], before: float, after: float) -> str:
+    """A change of a metric, or of the mean of several, in a sentence."""
+    names = " and ".join(NAMES[metric][0] for metric in metrics)
+    average = " on average" if len(metrics) > 1 else ""
+    first, last = (
+        percent(value) if _are_shares(metrics) else figure(value, False)
+        for value in (before, after)
+    )
+    return f"{names}{average} {first} → {last}"
+
+
+def _rule(row: Row) -> str:
+    """A row's rule; in percentage points where it is about shares."""
+    if not _are_shares(_parts(row.metric)):
+        return row.rule
+    return NUMBER.sub(lambda found: f"{100 * float(found[0]):g} pt", row.rule)
 
 
 def registered(standing: Standing | None) -> dict[str, str]:
@@ -182,18 +198,18 @@ def _line(
     parts, now = _parts(metric), _value(metric, metrics)
     assert now is not None
     before = _value(metric, start if champion is None else champion)
-    told = [NAMES[one][0] if one in NAMES else one for one in parts]
+    told = " and ".join(NAMES[one][0] if one in NAMES else one for one in parts)
     return Line(
         metric=metric,
-        name=told[0] if len(told) == 1 else f"Mean of {' and '.join(told).lower()}",
+        name=heading(told if len(parts) == 1 else f"mean of {told}"),
         meaning=NAMES[metric][1] if metric in NAMES else "what the gate looks at",
         start=_value(metric, start),
         champion=None if champion is None else _value(metric, champion),
         now=now,
         change=None if before is None else now - before,
-        rule=row.rule if row else "",
+        rule=_rule(row) if row else "",
         passed=row.passed if row else None,
-        is_share=set(parts) <= set(SHARES),
+        is_share=_are_shares(parts),
         lower_is_better=metric == "val_loss",
     )
 
@@ -201,6 +217,10 @@ def _line(
 def _parts(metric: str) -> list[str]:
     """The metrics that a row of the gate's is the mean of."""
     return metric.removeprefix(MEAN).split(", ")
+
+
+def _are_shares(metrics: Sequence[str]) -> bool:
+    return set(metrics) <= set(SHARES)
 
 
 def _value(metric: str, measured: Values) -> float | None:

@@ -60,6 +60,7 @@ SIZE_MARGIN = 1.5
 APART = 8.0
 """Least distance of two related centres along the relation's axis, in pixels."""
 
+COUNTS = (1, 2, 3)
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TOUCHING = np.ones((3, 3), dtype=bool)
 
@@ -108,6 +109,18 @@ def read_scene(pixels: np.ndarray) -> Reading:
 def shows(pixels: np.ndarray, description: Description) -> bool:
     """Whether a picture (uint8, 64 x 64 x 3) shows what is described, all of it and no more."""
     return mismatch(read_scene(pixels), description) is None
+
+
+def can_judge(description: Description) -> bool:
+    """Whether it asks for nothing that the reader does not know."""
+    related = description.second is not None
+    return (
+        description.background in BACKGROUNDS
+        and all(kind.shape in SHAPES and kind.colour in COLOURS for kind in description.kinds)
+        and description.count in ((1,) if related else COUNTS)
+        and description.size in (None, *SIZES)
+        and description.relation in (DIRECTIONS if related else (None,))
+    )
 
 
 def mismatch(reading: Reading, description: Description) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ldm.config.section import as_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,10 +36,7 @@ class Run:
         metrics = [Metric(name, value, now, step) for (name, step), value in points.items()]
         for start in range(0, len(metrics), METRICS_A_CALL):
             self.client.log_batch(self.identity, metrics=metrics[start : start + METRICS_A_CALL])
-        settings = [
-            Param(name, value if isinstance(value, str) else json.dumps(value))
-            for name, value in parameters.items()
-        ]
+        settings = [Param(name, as_text(value)) for name, value in parameters.items()]
         for start in range(0, len(settings), PARAMETERS_A_CALL):
             self.client.log_batch(self.identity, params=settings[start : start + PARAMETERS_A_CALL])
 

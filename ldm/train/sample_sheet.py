@@ -59,8 +59,7 @@ class SampleSheet:
         """Write ``samples-NNNNNNNN.png`` into the run's folder; or draw it only, for another."""
         requests = [Request(prompt, number) for number, prompt in enumerate(self.prompts)]
         pictures = list(self.painter.draw(requests, self.sampling))
-        marks = [None] * len(pictures)
-        sheet = captioned_grid(pictures, self.prompts, marks, COLUMNS)
+        sheet = captioned_grid(pictures, self.prompts, COLUMNS)
         path = run / sheet_name(step)
         if writes:
             write_whole(path, encode_png(sheet))
