@@ -329,7 +329,8 @@ def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     write_images(project.images, in_shards(many, 100))
     process = project.launch()
     wait_for(lambda: project.stored() >= 2, process)
-    with pytest.raises(UserError, match=r"latents: another process encodes it; wait"):
+    process.send_signal(signal.SIGSTOP)  # Or it might be through before it is looked for.
+    with pytest.raises(UserError, match=r"latents: another process makes it; wait"):
         project.encode_into(project.out, tmp_path / "other-runs")
     with pytest.raises(UserError, match=r"runs: another `ldm encode` uses it; .*--runs"):
         project.encode_into(tmp_path / "other", project.runs)
@@ -342,4 +343,4 @@ def test_refuses_a_second_and_killed_goes_on_to_the_same_bytes(
     assert encoded_in(capsys.readouterr().out) == (len(many) - done, len(many) + 2)
     project.assert_as_if_clean()
     left = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock"))
-    assert left == ["clean", "images", "latents", "runs"]
+    assert left == ["clean", "images", "latents", "other-runs", "runs"]

@@ -73,10 +73,8 @@ def encode(
         Part(config, encoders, Encoded(store, sharing.rank), sharing).do(job)
         return
     pictures = opening(images, "images", "ingest")
-    with (
-        held(out.with_name(f".{out.name}.lock"), f"{out}: another process encodes it; wait for it"),
-        held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
-    ):
+    refusal = f"{runs}: another `ldm encode` uses it; wait, or give another --runs"
+    with held(store / LOCK, refusal):
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
         _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, out)
 

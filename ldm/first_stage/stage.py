@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ldm.artifacts import digest_file, digest_json, opening, write_json, write_whole, writing
+from ldm.artifacts import digest_file, digest_json, making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
@@ -107,10 +107,9 @@ def first_stage(
     folder = runs / f"first-stage-{name}"
     extension = pictures.config["image_format"]
     training, held_out = (Split(images, split, extension) for split in ("train", "validation"))
-    refusal = "another process trains it; wait for it, or stop it"
     with (
-        held(out.with_name(f".{out.name}.lock"), f"{out}: {refusal}"),
-        held(folder / LOCK, f"{folder}: {refusal}"),
+        held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
+        making(out) as write,
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
         plain_attention(device),
     ):
@@ -119,7 +118,7 @@ def first_stage(
         parts = _train(config, training, held_out, run, device, tower)
         measured, sheet = _measure(parts, held_out, device)
         counts = {"train": len(training)}
-        with writing(out, "first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
+        with write("first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
             _save(parts, fresh)
             write_json(fresh / "measured.json", measured)
             write_whole(fresh / f"{SHEETS}.png", encode_png(sheet))
