@@ -21,7 +21,6 @@ from ldm.encode import encoded
 from ldm.encode.encoded import Encoded
 from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
-from ldm.locks import held
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
 from tests.disk import room_for
@@ -308,16 +307,6 @@ def test_a_full_disk_is_told_and_costs_nothing(project: Project) -> None:
     assert not project.out.exists()
     project.encode()
     project.assert_as_if_clean()
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    lock = tmp_path / "new" / "lock"
-    with held(lock, "taken"), pytest.raises(UserError, match="taken"), held(lock, "taken"):
-        pass
-    with held(lock, "free again"):
-        lock.write_text("kept")
-    with held(lock, "free again"):
-        assert lock.read_text() == "kept"
 
 
 @pytest.mark.slow
