@@ -105,7 +105,7 @@ SPAN = np.dtype([("shard", np.uint32), ("offset", np.int64), ("size", np.int64)]
 
 
 class ShardReader:
-    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key, or of ``only`` one.
+    """Random access, by key, to the samples of a folder's ``SHARDS-*.tar``, or of one ``NAME.tar``.
 
     The index is arrays: for each sample its key's bytes, 8 for its place, 20 for each member.
 
@@ -113,10 +113,9 @@ class ShardReader:
     in ``extensions``, its name has a path, or a sample is not whole or not unique.
     """
 
-    def __init__(
-        self, folder: Path, prefix: str, extensions: frozenset[str], only: str | None = None
-    ) -> None:
-        self.paths = [folder / only] if only else sorted(folder.glob(f"{prefix}-*.tar"))
+    def __init__(self, folder: Path, shards: str, extensions: frozenset[str]) -> None:
+        one = shards.endswith(".tar")
+        self.paths = [folder / shards] if one else sorted(folder.glob(f"{shards}-*.tar"))
         self._columns = {extension: at for at, extension in enumerate(sorted(extensions))}
         self._files: dict[int, int] = {}
         self._index(*self._scanned())

@@ -7,7 +7,6 @@ started again with the same settings and images, it goes on from the newest whol
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,15 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ldm.artifacts import digest_file, digest_json, making, opening, write_json, write_whole
+from ldm.artifacts import (
+    Manifest,
+    digest_file,
+    digest_json,
+    making,
+    opening,
+    write_json,
+    write_whole,
+)
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
@@ -28,13 +35,13 @@ from ldm.first_stage.loop import SHEETS, Run
 from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import compared, reconstruct, train_vae
+from ldm.image_shards import SPLITS, ImageReader
 from ldm.images import decode_image, encode_png, psnr
 from ldm.locks import held
 from ldm.models import digest_weights
 from ldm.pipeline_folder import forget_origin
 from ldm.progress import say
 from ldm.run_log import LOG
-from ldm.shards import ShardReader
 from ldm.tracking.live import LOCK, Live
 
 PARTS = ("vae", "clip", "layout")
@@ -49,18 +56,17 @@ SHOWN = 8
 class Split:
     """A split of an images artifact: ``captions``, and pictures by their numbers."""
 
-    def __init__(self, images: Path, split: str, extension: str) -> None:
-        self._reader = ShardReader(images, split, frozenset({extension, "json"}))
-        self._extension, self._keys = extension, self._reader.keys
-        about = (json.loads(self._reader.read(key, "json")) for key in self._keys)
-        self.captions = [str(one["caption"]) for one in about]
+    def __init__(self, images: Manifest, split: str) -> None:
+        self._reader = ImageReader(images, split)
+        self._keys = self._reader.keys
+        self.captions = [self._reader.caption(key) for key in self._keys]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         """uint8 (n, height, width, 3)."""
-        files = (self._reader.read(self._keys[number], self._extension) for number in numbers)
+        files = (self._reader.picture(self._keys[number]) for number in numbers)
         return np.stack([decode_image(file) for file in files])
 
 
@@ -105,8 +111,7 @@ def first_stage(
     settings = settings_of_result(config)
     name = digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
     folder = runs / f"first-stage-{name}"
-    extension = pictures.config["image_format"]
-    training, held_out = (Split(images, split, extension) for split in ("train", "validation"))
+    training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
         held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
         making(out) as write,

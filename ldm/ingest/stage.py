@@ -13,6 +13,7 @@ from typing import Any
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS
 from ldm.ingest.basis import basis_of
 from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.buckets import buckets_of
@@ -29,7 +30,6 @@ from ldm.progress import say
 from ldm.scenes.lists import ORIGIN
 from ldm.scenes.origin import serving_scenes
 
-SPLITS = ("train", "validation")
 FETCHED, LOCK, SCRATCH = "fetched", "lock", "scratch"
 
 NOT_IN_BYTES = frozenset(
