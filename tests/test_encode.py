@@ -19,12 +19,21 @@ from ldm.artifacts import digest_tree
 from ldm.config import Encode
 from ldm.encode import encoded
 from ldm.encode.encoded import Encoded
-from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
+from ldm.encode.encoders import PICTURE_CODE, Encoder, picture_encoder, text_encoder
 from ldm.errors import UserError
 from ldm.models import Source, load_text_encoder, load_vae
 from ldm.text import tokenize
 from tests.disk import room_for
-from tests.encoding import SETTINGS, Project, Rows, encoded_in, in_shards, picture, write_images
+from tests.encoding import (
+    ROOT,
+    SETTINGS,
+    Project,
+    Rows,
+    encoded_in,
+    in_shards,
+    picture,
+    write_images,
+)
 from tests.launched import wait_for
 from tests.test_train import run_here
 
@@ -177,12 +186,21 @@ def test_what_a_change_concerns_is_encoded_again_and_nothing_else(
 
 
 def test_code_and_libraries_decide_too(
-    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: Project,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ldm.images.__file__", __file__)
+    mended = tmp_path / "mended"
+    for name in PICTURE_CODE:
+        (mended / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "ldm" / f"{name}.py", mended / f"{name}.py")
+    with (mended / "images.py").open("a") as images:
+        images.write("# mended")
+    monkeypatch.setattr("ldm.code.ROOT", mended)
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (PICTURES, 0)
-    monkeypatch.setattr("ldm.encode.encoders.version", lambda name: "0")
+    monkeypatch.setattr("ldm.code.version", lambda name: "0")
     project.encode()
     assert encoded_in(capsys.readouterr().out) == (PICTURES, CAPTIONS)
 

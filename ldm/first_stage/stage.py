@@ -17,15 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ldm.artifacts import (
-    Manifest,
-    digest_file,
-    digest_json,
-    making,
-    opening,
-    write_json,
-    write_whole,
-)
+from ldm import code
+from ldm.artifacts import Manifest, digest_json, making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
@@ -109,7 +102,8 @@ def first_stage(
         tower = load_tower(config.vae.perceptual, config.vae.perceptual_revision).to(device)
         inputs["perceptual"] = digest_weights(tower)
     settings = settings_of_result(config)
-    name = digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
+    deciding = code.digests(*DECIDING, "first_stage")
+    name = digest_json({"config": settings, "inputs": inputs, "code": deciding})[:12]
     folder = runs / f"first-stage-{name}"
     training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
@@ -153,13 +147,6 @@ def settings_of_result(config: FirstStage) -> dict[str, Any]:
     """The settings that decide the result; how often to save and what to show do not."""
     how = {"log_every", "checkpoint_every", "sheet_every", "track"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
-
-
-def _code() -> list[str]:
-    """Digests of the files that decide what is trained."""
-    here = Path(__file__).parent
-    deciding = (here.parent / f"{name}.py" for name in DECIDING)
-    return [digest_file(file) for file in (*deciding, *sorted(here.glob("*.py")))]
 
 
 def _train(

@@ -20,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
-from ldm import checkpoint
-from ldm.artifacts import digest_file, opening, write_whole, writing
+from ldm import checkpoint, code
+from ldm.artifacts import opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
 from ldm.denoiser import Denoiser, load_model
@@ -50,7 +50,7 @@ DECIDING = (
     *("train/data", "train/draws", "train/ema", "train/fsdp", "train/objective", "train/order"),
     *("train/optimizers", "train/state", "train/trainer", "train/validation"),
 )
-"""Modules of ``ldm``, besides ``ldm.nn``, that decide what a step does."""
+"""Modules of ``ldm``, besides those in ``nn``, that decide what a step does."""
 
 
 def train(
@@ -88,7 +88,8 @@ def train(
     start = digest_weights(unet)
     inputs = {"latents": cache.manifest.digest, "start": start}
     settings = settings_of_result(config)
-    identity: Identity = {"config": settings, "inputs": inputs, "code": _code()}
+    deciding = code.digests(*DECIDING, "nn")
+    identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
     if resume is not None:
         identity = continued(identity, resume, changed=changed)
     run = folder_of(runs, identity)
@@ -203,13 +204,6 @@ def accelerator_for(config: Train, device: torch.device) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.patience_s)),
         ],
     )
-
-
-def _code() -> list[str]:
-    """Digests of the files that decide what a step does."""
-    ldm = Path(__file__).parent.parent
-    files = [*(ldm / f"{name}.py" for name in DECIDING), *sorted((ldm / "nn").glob("*.py"))]
-    return [digest_file(file) for file in files]
 
 
 @contextmanager
