@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,12 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_no_module_is_called_utils() -> None:
     assert not [path for path in SOURCES if "util" in path.stem]
+
+
+def test_ingest_names_all_its_parts() -> None:
+    room = ROOT / "ldm" / "ingest"
+    parts = {path.stem for path in room.glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"``(\w+)``", (room / "__init__.py").read_text())) == parts
 
 
 def test_the_command_line_is_light() -> None:
