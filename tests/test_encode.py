@@ -313,7 +313,7 @@ def test_what_is_not_finite_is_named(project: Project) -> None:
     weights = load_file(path)
     weights["encoder.conv_in.bias"][:] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"train-00000 sample 00000000: .* not finite"):
+    with pytest.raises(UserError, match=r"train-00000 sample 00000000: .* not finite; set"):
         project.encode()
     assert not project.out.exists()
 

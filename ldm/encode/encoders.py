@@ -42,7 +42,7 @@ class Encoder:
         return hashlib.sha256(self.basis.encode() + item).hexdigest()
 
     def results(self, items: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Each item's result, in order; a batch for each thread is held at a time.
+        """Each item's result, in order; two batches for each thread are held at a time.
 
         A new batch begins where the shape changes, so items of a shape had better come together.
         """
@@ -83,7 +83,10 @@ def text_encoder(clip: CLIPTextModel, digest: str, config: Encode, device: torch
 
 @torch.no_grad()
 def posterior_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/8, w/8): mean above log-variance."""
+    """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/s, w/s), where a latent is s pixels wide.
+
+    The mean is above the log-variance.
+    """
     inputs = to_model(pixels).to(device, vae.dtype)
     return vae.encode(inputs).latent_dist.parameters.float().cpu().numpy()
 

@@ -199,7 +199,10 @@ def write_shards(
         fingerprint = next(iter(waiting))
         name = waiting.pop(fingerprint)
         if not np.isfinite(values).all():
-            raise UserError(f"{name}: what it is encoded to is not finite")
+            raise UserError(
+                f"{name}: what it is encoded to is not finite; set encode.compute and "
+                "encode.storage to float32, or give another pretrained.pipeline"
+            )
         known.add(fingerprint, values)
         write_known()
 

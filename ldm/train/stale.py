@@ -17,10 +17,10 @@ DECIDING = ("compute", "storage")
 
 
 def expect_current(latents: Path, images: Path | None, config: Encode) -> None:
-    """Raise :class:`UserError`, which says what differs, unless ``ldm encode`` would make the same.
+    """Raise :class:`UserError`, which says what differs, where latents have been left behind.
 
-    Where the pictures are not at hand, settings alone are compared. What is no artifact is left to
-    the stage that opens it.
+    That is by another ``compute`` or ``storage`` in the settings, or by other pictures, where these
+    are at hand; encoders are not compared. What is no artifact is left to the stage that opens it.
     """
     made = manifest_of(latents)
     if made is None:
