@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from bench import SMALL
 from bench.compare import compare
 from bench.sd_encoders import TOKENS, sd_encoders
 from bench.synthetic import write_images
+from ldm.artifacts import opening
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of, keep_large_memory
 from ldm.encode.stage import encode
+from ldm.image_shards import ImageReader
 from ldm.images import decode_image, to_model
 from ldm.models import load_encoders, locate
-from ldm.shards import ShardReader
 from ldm.text import tokenize
 
 ROUNDS = 1 if SMALL else 5
@@ -66,9 +66,9 @@ def bare_encoders(images: Path, pipeline: str, batch_size: int) -> Callable[[], 
     device = device_of()
     encoders = load_encoders(locate(pipeline))
     vae, clip = encoders.vae.to(device), encoders.text_encoder.to(device)
-    reader = ShardReader(images, "train", frozenset({"png", "json"}))
-    pictures = np.stack([decode_image(reader.read(key, "png")) for key in reader])
-    captions = [json.loads(reader.read(key, "json"))["caption"] for key in reader]
+    reader = ImageReader(opening(images, "images", "ingest"), "train")
+    pictures = np.stack([decode_image(reader.picture(key)) for key in reader])
+    captions = [reader.caption(key) for key in reader]
     pixels = to_model(pictures).split(batch_size)
     ids = tokenize(encoders.tokenizer, captions).split(batch_size)
 

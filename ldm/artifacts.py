@@ -10,17 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm import __version__
 from ldm.errors import UserError, full_disk_told
+from ldm.locks import held
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+Write = Callable[..., AbstractContextManager[Path]]
+"""What :func:`writing` is, but for the target."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,33 @@ def writing(
     """Yield an empty directory that becomes ``target`` when the block ends without an error.
 
     ``counts`` is read at the end, so the block may fill it. On an error nothing is left behind
-    and an earlier ``target`` stays as it was.
+    and an earlier ``target`` stays as it was. UserError while another process makes ``target``.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with making(target) as write, write(kind, config=config, inputs=inputs, counts=counts) as fresh:
+        yield fresh
+
+
+@contextmanager
+def making(target: Path) -> Iterator[Write]:
+    """Be the one process that makes ``target`` while the block runs; yield what writes it.
+
+    For those who work for long before they write. UserError while another process makes it.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    with held(lock, f"{target}: another process makes it; wait for it, or stop it"):
+        yield partial(_writing, target)
+
+
+@contextmanager
+def _writing(
+    target: Path,
+    kind: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    counts: dict[str, int] | None = None,
+) -> Iterator[Path]:
+    """:func:`writing`, where nobody else does."""
     fresh = target.parent / f".{target.name}.writing"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, write_json
-from ldm.errors import UserError
+from ldm.errors import UserError, is_full
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
@@ -114,8 +114,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        remedy = "make room" if is_full(error) else "mend that"
         raise UserError(
-            f"{target}: the checkpoint could not be written ({error}); make room and run the same "
+            f"{target}: the checkpoint could not be written ({error}); {remedy} and run the same "
             "command again"
         ) from error
     _prune(run, keep, target)

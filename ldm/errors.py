@@ -15,6 +15,13 @@ class UserError(ValueError):
     """Something outside the code is wrong; the message is one line, names it and the remedy."""
 
 
+def is_full(error: Exception) -> bool:
+    """Whether an error says that no more can be written; safetensors has the system's in words."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(f"(os error {number})" in str(error) for number in FULL)
+
+
 @contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
     """Turn a write that the disk does not take into a :class:`UserError` of its file.
@@ -24,7 +31,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if not is_full(error):
             raise
         raise UserError(
             f"{error.filename or path}: cannot be written ({error.strerror}); make room on that "

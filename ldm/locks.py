@@ -15,13 +15,15 @@ from ldm.errors import UserError
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 """Random, anew at each start of a Linux kernel."""
+LOOK_S = 1.0
+"""How long a lock is asked for by default: :func:`is_held` takes it for an instant, to look."""
 _holding: set[IO[str]] = set()
 """Open files, by which this process holds locks."""
 
 
 @contextmanager
 def held(
-    path: Path, refusal: str, patience_s: float = 0, *, shared: bool = False
+    path: Path, refusal: str, patience_s: float = LOOK_S, *, shared: bool = False
 ) -> Iterator[None]:
     """Hold a lock on a file, made if there is none, while the block runs; some may if ``shared``.
 

@@ -75,7 +75,7 @@ SPAN = np.dtype([("shard", np.uint32), ("offset", np.int64), ("size", np.int64)]
 
 
 class ShardReader:
-    """Random access to the samples of a folder's ``PREFIX-*.tar``, by key, or of ``only`` one.
+    """Random access, by key, to the samples of a folder's ``SHARDS-*.tar``, or of one ``NAME.tar``.
 
     The index is arrays: for each sample its key's bytes, 8 for its place, 20 for each member.
 
@@ -83,10 +83,9 @@ class ShardReader:
     in ``extensions``, its name has a path, or a sample is not whole or not unique.
     """
 
-    def __init__(
-        self, folder: Path, prefix: str, extensions: frozenset[str], only: str | None = None
-    ) -> None:
-        self.paths = [folder / only] if only else sorted(folder.glob(f"{prefix}-*.tar"))
+    def __init__(self, folder: Path, shards: str, extensions: frozenset[str]) -> None:
+        one = shards.endswith(".tar")
+        self.paths = [folder / shards] if one else sorted(folder.glob(f"{shards}-*.tar"))
         self._columns = {extension: at for at, extension in enumerate(sorted(extensions))}
         self._files: dict[int, int] = {}
         self._index(*self._scanned())
@@ -107,7 +106,9 @@ class ShardReader:
                     key, _, extension = member.name.partition(".")
                     column = self._columns.get(extension)
                     if not member.isfile() or "/" in member.name or column is None:
-                        raise UserError(f"{path}: unexpected member {member.name!r}")
+                        raise UserError(
+                            f"{path}: unexpected member {member.name!r}; make the shards again"
+                        )
                     keys.append(_to_bytes(key))
                     columns.append(column)
                     spans.append((shard, member.offset_data, member.size))
@@ -129,7 +130,7 @@ class ShardReader:
             again = np.setdiff1d(np.arange(len(places)), once)[0]
             path = self.paths[spans["shard"][again]]
             name = f"{_to_text(keys[again])}.{extensions[columns[again]]}"
-            raise UserError(f"{path}: member {name!r} occurs twice")
+            raise UserError(f"{path}: member {name!r} occurs twice; make the shards again")
         lacking = (times == 0).reshape(shape)
         if lacking.any():
             number = next(number for number in self._order if lacking[number].any())
@@ -168,16 +169,19 @@ class ShardReader:
     def read_each(self, numbers: Numbers, extension: str, start: bytes, rows: np.ndarray) -> None:
         """Read the members at these places into ``rows``, but for the ``start`` that all have.
 
-        UserError for one that starts otherwise, or is not so long.
+        UserError that names one that starts otherwise, or is not so long.
         """
         found, length = bytearray(len(start)), len(start) + rows[:1].nbytes
-        for (shard, offset, size), row in zip(self._members(numbers, extension), rows, strict=True):
+        members = self._members(numbers, extension)
+        for number, (shard, offset, size), row in zip(numbers, members, rows, strict=True):
             as_long = size == length
             if as_long and os.preadv(self._file(shard), (found, row), offset) != length:
                 raise self._cut(shard)
             if not as_long or found != start:
-                path = self.paths[shard]
-                raise UserError(f"{path}: a {extension} is unlike the others; make them again")
+                raise UserError(
+                    f"{self.paths[shard]}: {self.key(number)}.{extension} is not of the shape and "
+                    "type of the others; make the shards again"
+                )
 
     def expect(self, numbers: Numbers, extension: str) -> None:
         """Have the system fetch members from disk, so that reading them then need not wait."""

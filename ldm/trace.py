@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ldm.config import Params
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS
 from ldm.ingest.rows import ascii_url, key_of, read_list
 from ldm.latents import IDS, TEXTS
 from ldm.progress import say
-from ldm.tracking.registered import USES, trained_on
+from ldm.tracking.registered import trained_on
 
 KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -58,7 +59,7 @@ def _here(key: str, data: Path, images: Path, latents: Path, max_caption: int) -
 
 
 def _rows(data: Path, key: str, max_caption: int) -> Iterator[str]:
-    paths = (data / f"{split}.csv" for split in USES)
+    paths = (data / f"{split}.csv" for split in SPLITS)
     for path in filter(Path.is_file, paths):
         for row in read_list(path, path.stem, max_caption):
             if _names(row.url, key):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.artifacts import MANIFEST, digest_tree, opening, write_json, write_whole, writing
+from ldm.artifacts import MANIFEST, digest_tree, making, opening, write_json, write_whole, writing
 from ldm.errors import UserError
 from tests.disk import room_for
 
@@ -36,7 +40,8 @@ def target(tmp_path: Path) -> Path:
 
 
 def only(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is there, but for locks."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def test_round_trip_says_what_made_it(target: Path) -> None:
@@ -99,6 +104,66 @@ def test_leavings_of_a_killed_run_do_not_get_in(target: Path) -> None:
     write(target, FILES)
     assert only(target) == ["a.tar", "folder", MANIFEST]
     assert only(target.parent) == ["images"]
+
+
+WRITERS = {
+    "writing": """
+with writing(target, "images", config={}, inputs={}) as fresh:
+    (fresh / "a.tar").write_bytes(b"first")
+    at_work()
+    (fresh / "b.tar").write_bytes(b"first")
+""",
+    "making": """
+with making(target) as write:
+    at_work()
+    with write("images", config={}, inputs={}) as fresh:
+        (fresh / "a.tar").write_bytes(b"first")
+        (fresh / "b.tar").write_bytes(b"first")
+""",
+}
+BEFORE = """
+import sys
+from pathlib import Path
+from ldm.artifacts import making, writing
+target = Path(sys.argv[1])
+def at_work():
+    print(flush=True)
+    input()
+"""
+
+
+@contextmanager
+def at_work(way: str, target: Path) -> Iterator[Popen[bytes]]:
+    """Another process that makes the target; it goes on with the next line it reads."""
+    command = [sys.executable, "-c", BEFORE + WRITERS[way], str(target)]
+    with Popen(command, stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        yield process
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_a_second_writer_is_refused_and_costs_the_first_nothing(tmp_path: Path, way: str) -> None:
+    target = tmp_path / "images"
+    refused = f"^{target}: another process makes it; wait for it, or stop it$"
+    with at_work(way, target) as first:
+        with pytest.raises(UserError, match=refused):
+            write(target, FILES)
+        with pytest.raises(UserError, match=refused), making(target):
+            pass
+        write(tmp_path / "other", FILES)
+        first.communicate(b"\n")
+    assert sorted(opening(target, "images", "ingest").files) == ["a.tar", "b.tar"]
+    assert only(tmp_path) == ["images", "other"]
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_a_writer_that_was_killed_is_in_nobodys_way(tmp_path: Path, way: str) -> None:
+    target = tmp_path / "images"
+    with at_work(way, target) as killed:
+        killed.kill()
+    write(target, FILES)
+    assert only(target) == ["a.tar", "folder", MANIFEST]
+    assert only(tmp_path) == ["images"]
 
 
 def test_altered_file_is_refused(target: Path) -> None:

@@ -124,6 +124,12 @@ def test_a_full_disk_is_said_and_the_earlier_ones_stay(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["step-00000010"]
 
 
+def test_a_disk_that_is_full_of_weights_is_said_by_safetensors(tmp_path: Path) -> None:
+    with room_for(50), pytest.raises(UserError, match=r"step-00000010: .*too large.*make room"):
+        save(tmp_path, at(10), keep=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_stays(tmp_path: Path) -> None:
     for step, loss in ((10, 0.5), (20, 0.2), (30, None), (40, 0.3), (50, None)):
         save(tmp_path, at(step, loss), keep=1)
@@ -153,7 +159,8 @@ def test_it_is_saved_as_it_was_while_the_training_goes_on(
 def test_an_error_of_saving_is_not_lost(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     tmp_path.write_text("a file where the run's folder belongs")
-    with pytest.raises(UserError, match="make room"), Saver(tmp_path, keep=1) as saver:
+    mend = pytest.raises(UserError, match=r"step-00000010: .*Not a directory.*; mend that and run")
+    with mend, Saver(tmp_path, keep=1) as saver:
         saver.save(at(10))
 
 

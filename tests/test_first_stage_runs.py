@@ -18,7 +18,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import ldm.first_stage.loop
-from ldm.artifacts import opening
+from ldm.artifacts import making, opening
 from ldm.checkpoint import newest
 from ldm.config import ClipTraining, FirstStage, LayoutTraining, VaeTraining
 from ldm.errors import UserError
@@ -186,6 +186,16 @@ def test_the_stage_writes_parts_figures_and_a_sheet(
     assert len(list(runs.iterdir())) == 1
     first_stage(config.model_copy(update=other), images, tmp_path / "unseen", tmp_path / "others")
     assert opening(tmp_path / "unseen", "first-stage", "first-stage").files == made.files
+
+
+def test_an_output_that_another_process_makes_is_refused_before_the_first_step(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    out, runs = tmp_path / "first-stage", tmp_path / "runs"
+    config = FirstStage.model_validate(settings(pipeline))
+    with making(out), pytest.raises(UserError, match="first-stage: another process makes it"):
+        first_stage(config, images, out, runs)
+    assert [path.name for path in runs.glob("*/*")] == ["lock"]
 
 
 def launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,12 @@ def test_no_module_is_called_utils() -> None:
     assert not [path for path in SOURCES if "util" in path.stem]
 
 
+def test_ingest_names_all_its_parts() -> None:
+    room = ROOT / "ldm" / "ingest"
+    parts = {path.stem for path in room.glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"``(\w+)``", (room / "__init__.py").read_text())) == parts
+
+
 def test_the_command_line_is_light() -> None:
     for name in ("cli", "options", "__init__", "quiet"):
         path = ROOT / "ldm" / f"{name}.py"
@@ -77,6 +84,7 @@ def test_the_command_line_is_light() -> None:
 ANYWHERE = {
     "artifacts",
     "cli",
+    "code",
     "config",
     "device",
     "errors",
@@ -149,10 +157,10 @@ def test_a_run_is_named_by_the_code_that_decides_its_steps() -> None:
 
 
 def test_what_was_encoded_is_known_by_the_code_that_did() -> None:
-    from ldm.encode.encoders import CODE
+    from ldm.encode.encoders import CODE, PICTURE_CODE
 
-    known = {Path(file).relative_to(ROOT / "ldm").with_suffix("").as_posix() for file in CODE}
-    assert deciding("ldm.encode.encoders") == known | {"images"}
+    assert deciding("ldm.encode.encoders") | {"device"} == set(PICTURE_CODE)  # It is given them.
+    assert {*PICTURE_CODE} - {*CODE} == {"images"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from array import array
 from collections.abc import Iterator
 
@@ -108,8 +109,14 @@ def test_chosen_rows_are_a_sequence() -> None:
     assert chosen[2].key == key_of("http://a/4")
 
 
+def test_a_mistake_in_a_statement_is_no_fault_of_the_disk() -> None:
+    database = scratch_database("CREATE TABLE filled (words TEXT PRIMARY KEY);")
+    with pytest.raises(sqlite3.IntegrityError), told():
+        database.executemany("INSERT INTO filled VALUES (?)", [["once"], ["once"]])
+
+
 def test_a_full_disk_is_told() -> None:
     database = scratch_database("PRAGMA max_page_count = 10; CREATE TABLE filled (words TEXT);")
     words = [["word" * 1000]] * 100
-    with pytest.raises(UserError, match="make room on that disk"), told():
+    with pytest.raises(UserError, match=r"full\); make room on that disk, or"), told():
         database.executemany("INSERT INTO filled VALUES (?)", words)

@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.remote.artifacts import publishing, reading
 from ldm.remote.bucket import PART, Bucket
 from ldm.shards import ShardReader
+from tests.disk import room_for
 from tests.launched import ROOT, launch
 from tests.s3 import Server, serving_s3
 from tests.served import photograph, serving, stored, write_list
@@ -254,6 +255,9 @@ def test_full_disk_is_told(server: Server, tmp_path: Path) -> None:
     name = f"files/{digest(FILES['train-00000.tar'])}"
     with pytest.raises(UserError, match=f"{URL}/{name}: .*No space left on device; make room"):
         Bucket(URL).fetch(name, Path("/dev/full"))
+    too_large = pytest.raises(UserError, match=f"{URL}/{name}: .*File too large; make room")
+    with too_large, room_for(len(FILES["train-00000.tar"]) - 1):
+        Bucket(URL).fetch(name, tmp_path / "fetched")
 
 
 def test_damaged_copy_is_mended(server: Server, tmp_path: Path) -> None:

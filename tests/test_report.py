@@ -318,7 +318,7 @@ def test_without_a_registry_nothing_is_asked_and_no_database_made(
     monkeypatch.chdir(tmp_path)
     page = made.report(tmp_path / "report", Registry())
     assert "not registered" in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".report.lock", "report"]
 
 
 def test_same_artifacts_give_the_same_page(made: Fixture, page: str, tmp_path: Path) -> None:

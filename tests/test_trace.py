@@ -101,7 +101,7 @@ def test_a_row_is_followed_to_the_models(
     (texts,) = (
         path
         for path in project.latents.glob("texts-*.tar")
-        if text in ShardReader(path.parent, "", TEXT_MEMBERS, only=path.name)
+        if text in ShardReader(path.parent, path.name, TEXT_MEMBERS)
     )
     capsys.readouterr()
     project.trace(GONE)

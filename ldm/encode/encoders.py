@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,16 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
-from ldm import batches, device, images
-from ldm.artifacts import digest_file, digest_json
+from ldm import code
+from ldm.artifacts import digest_json
 from ldm.batches import in_full_batches
 from ldm.config import Encode
 from ldm.images import decode_image, size_of, to_model
 
 LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
-CODE = (__file__, batches.__file__, device.__file__)
+CODE = ("batches", "device", "encode/encoders")
+PICTURE_CODE = (*CODE, "images")
+"""Modules of ``ldm`` that decide a result."""
 APPLIED_AT_LOAD = {"scaling_factor", "shift_factor"}
 
 
@@ -42,7 +42,7 @@ class Encoder:
         return hashlib.sha256(self.basis.encode() + item).hexdigest()
 
     def results(self, items: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Each item's result, in order; a batch for each thread is held at a time.
+        """Each item's result, in order; two batches for each thread are held at a time.
 
         A new batch begins where the shape changes, so items of a shape had better come together.
         """
@@ -57,7 +57,7 @@ def picture_encoder(
 
     ``digest`` is that of the weights (:func:`ldm.models.digests`).
     """
-    basis = _basis(digest, vae.config, config, *CODE, images.__file__)
+    basis = _basis(digest, vae.config, config, PICTURE_CODE)
     vae = vae.to(device, getattr(torch, config.compute))
 
     def run(pictures: list[bytes]) -> np.ndarray:
@@ -69,7 +69,7 @@ def picture_encoder(
 
 def text_encoder(clip: CLIPTextModel, digest: str, config: Encode, device: torch.device) -> Encoder:
     """A caption's int64 token ids, as bytes, to its states (tokens, width), in that type."""
-    basis = _basis(digest, clip.config.to_dict(), config, *CODE)
+    basis = _basis(digest, clip.config.to_dict(), config, CODE)
     clip = clip.to(device, getattr(torch, config.compute))
 
     @torch.no_grad()
@@ -83,12 +83,15 @@ def text_encoder(clip: CLIPTextModel, digest: str, config: Encode, device: torch
 
 @torch.no_grad()
 def posterior_moments(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> np.ndarray:
-    """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/8, w/8): mean above log-variance."""
+    """uint8 (n, h, w, 3) to float32 (n, 2 x channels, h/s, w/s), where a latent is s pixels wide.
+
+    The mean is above the log-variance.
+    """
     inputs = to_model(pixels).to(device, vae.dtype)
     return vae.encode(inputs).latent_dist.parameters.float().cpu().numpy()
 
 
-def _basis(weights: str, shape: Mapping[str, Any], config: Encode, *code: str) -> str:
+def _basis(weights: str, shape: Mapping[str, Any], config: Encode, modules: Sequence[str]) -> str:
     return digest_json(
         {
             "weights": weights,
@@ -98,7 +101,7 @@ def _basis(weights: str, shape: Mapping[str, Any], config: Encode, *code: str) -
                 if not key.startswith("_") and key not in APPLIED_AT_LOAD
             },
             "settings": config.model_dump(include={"batch_size", "compute", "storage"}),
-            "code": [digest_file(Path(file)) for file in code],
-            "libraries": {name: version(name) for name in LIBRARIES},
+            "code": code.digests(*modules),
+            "libraries": code.versions(*LIBRARIES),
         }
     )

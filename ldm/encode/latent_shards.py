@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 from transformers import CLIPTokenizer
 
+from ldm.image_shards import ImageReader
 from ldm.latents import ABOUT, IDS, MOMENTS, STATES, text_key, to_npy
-from ldm.shards import ShardReader, writing_shard
+from ldm.shards import writing_shard
 from ldm.text import tokenize
 
 TOKENIZED = 256
@@ -71,15 +72,15 @@ class Captions:
 class PictureShard:
     """A shard of posterior moments; its captions are noted when it is written."""
 
-    def __init__(self, reader: ShardReader, extension: str, path: Path, captions: Captions) -> None:
-        self.reader, self.extension, self.path, self.captions = reader, extension, path, captions
+    def __init__(self, reader: ImageReader, path: Path, captions: Captions) -> None:
+        self.reader, self.path, self.captions = reader, path, captions
         self._captions: list[str] = []
 
     def items(self) -> Iterator[tuple[str, bytes]]:
         """The encoded pictures."""
         for key in self.reader:
-            self._captions.append(json.loads(self.reader.read(key, "json"))["caption"])
-            yield f"{self.path.stem} sample {key}", self.reader.read(key, self.extension)
+            self._captions.append(self.reader.caption(key))
+            yield f"{self.path.stem} sample {key}", self.reader.picture(key)
         self.reader.close()
 
     def write(self, fingerprints: Sequence[str], read: Read) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.artifacts import Manifest, opening, writing
+from ldm.artifacts import Manifest, manifest_of, opening, writing
 from ldm.config import Encode, Pretrained
 from ldm.device import device_of, keep_large_memory
 from ldm.encode.encoded import Encoded, mended
@@ -27,13 +27,12 @@ from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
 from ldm.encode.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS, ImageReader, split_of
 from ldm.locks import held
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
 from ldm.request import serve
-from ldm.shards import ShardReader
 
-SPLITS = ("train", "validation")
 PICTURES, TEXTS = "pictures", "texts"
 ENCODED, LOCK, CAPTIONS = "encoded", "lock", "captions"
 
@@ -43,7 +42,6 @@ class Job:
     """What the main process tells the others."""
 
     images: str
-    extension: str
     shards: list[str]
     """Names of the shards of pictures."""
     samples: int
@@ -73,10 +71,8 @@ def encode(
         Part(config, encoders, Encoded(store, sharing.rank), sharing).do(job)
         return
     pictures = opening(images, "images", "ingest")
-    with (
-        held(out.with_name(f".{out.name}.lock"), f"{out}: another process encodes it; wait for it"),
-        held(store / LOCK, f"{runs}: another `ldm encode` uses it; wait, or give another --runs"),
-    ):
+    refusal = f"{runs}: another `ldm encode` uses it; wait, or give another --runs"
+    with held(store / LOCK, refusal):
         encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
         _lead(Part(config, encoders, Encoded(mended(store)), sharing), pictures, out)
 
@@ -93,13 +89,13 @@ def _lead(part: Part, images: Manifest, out: Path) -> None:
     if "bucket_step" in images.config:
         settings["image_size"] = images.config["image_size"]
     inputs = {"images": images.digest, **part.made_of}
-    extension, samples = images.config["image_format"], sum(images.counts.values())
+    samples = sum(images.counts.values())
     shards = sorted(name for name in images.files if name.endswith(".tar"))
     counts: dict[str, int] = {}
     with writing(out, "latents", config=settings, inputs=inputs, counts=counts) as fresh:
         captions = fresh / CAPTIONS
         captions.mkdir()
-        job = Job(str(images.path), extension, shards, samples, str(fresh))
+        job = Job(str(images.path), shards, samples, str(fresh))
         sharing.tell("job", json.dumps(asdict(job)))
         part.do(job)
         shutil.rmtree(captions)
@@ -136,12 +132,12 @@ class Part:
         self._write(TEXTS, self._of_text, self._text_shards(job, captions), None)
 
     def _picture_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
+        images = manifest_of(Path(job.images))
+        assert images is not None  # The main process opened it.
         for name in self.sharing.each(PICTURES, job.shards):
-            split = name.partition("-")[0]
-            members = frozenset({job.extension, "json"})
-            reader = ShardReader(Path(job.images), split, members, only=name)
-            self.sharing.add(split, len(reader))
-            yield PictureShard(reader, job.extension, Path(job.out) / name, captions)
+            reader = ImageReader(images, name)
+            self.sharing.add(split_of(name), len(reader))
+            yield PictureShard(reader, Path(job.out) / name, captions)
 
     def _text_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
         for number in self.sharing.each(TEXTS, range(captions.shards)):
@@ -203,7 +199,10 @@ def write_shards(
         fingerprint = next(iter(waiting))
         name = waiting.pop(fingerprint)
         if not np.isfinite(values).all():
-            raise UserError(f"{name}: what it is encoded to is not finite")
+            raise UserError(
+                f"{name}: what it is encoded to is not finite; set encode.compute and "
+                "encode.storage to float32, or give another pretrained.pipeline"
+            )
         known.add(fingerprint, values)
         write_known()
 

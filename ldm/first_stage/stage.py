@@ -7,7 +7,6 @@ started again with the same settings and images, it goes on from the newest whol
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from ldm.artifacts import digest_file, digest_json, opening, write_json, write_whole, writing
+from ldm import code
+from ldm.artifacts import Manifest, digest_json, making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
@@ -28,13 +28,13 @@ from ldm.first_stage.loop import SHEETS, Run
 from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.tokenizer import train_tokenizer
 from ldm.first_stage.vae import compared, reconstruct, train_vae
+from ldm.image_shards import SPLITS, ImageReader
 from ldm.images import decode_image, encode_png, psnr
 from ldm.locks import held
 from ldm.models import digest_weights
 from ldm.pipeline import forget_origin
 from ldm.progress import say
 from ldm.run_log import LOG
-from ldm.shards import ShardReader
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 
@@ -58,18 +58,17 @@ SHOWN = 8
 class Split:
     """A split of an images artifact: ``captions``, and pictures by their numbers."""
 
-    def __init__(self, images: Path, split: str, extension: str) -> None:
-        self._reader = ShardReader(images, split, frozenset({extension, "json"}))
-        self._extension, self._keys = extension, self._reader.keys
-        about = (json.loads(self._reader.read(key, "json")) for key in self._keys)
-        self.captions = [str(one["caption"]) for one in about]
+    def __init__(self, images: Manifest, split: str) -> None:
+        self._reader = ImageReader(images, split)
+        self._keys = self._reader.keys
+        self.captions = [self._reader.caption(key) for key in self._keys]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         """uint8 (n, height, width, 3)."""
-        files = (self._reader.read(self._keys[number], self._extension) for number in numbers)
+        files = (self._reader.picture(self._keys[number]) for number in numbers)
         return np.stack([decode_image(file) for file in files])
 
 
@@ -112,14 +111,13 @@ def first_stage(
         tower = load_tower(config.vae.perceptual, config.vae.perceptual_revision).to(device)
         inputs["perceptual"] = digest_weights(tower)
     settings = settings_of_result(config)
-    name = digest_json({"config": settings, "inputs": inputs, "code": _code()})[:12]
+    deciding = code.digests(*DECIDING, "first_stage")
+    name = digest_json({"config": settings, "inputs": inputs, "code": deciding})[:12]
     folder = runs / f"first-stage-{name}"
-    extension = pictures.config["image_format"]
-    training, held_out = (Split(images, split, extension) for split in ("train", "validation"))
-    refusal = "another process trains it; wait for it, or stop it"
+    training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
-        held(out.with_name(f".{out.name}.lock"), f"{out}: {refusal}"),
-        held(folder / LOCK, f"{folder}: {refusal}"),
+        held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
+        making(out) as write,
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
         plain_attention(device),
     ):
@@ -128,7 +126,7 @@ def first_stage(
         parts = _train(config, training, held_out, run, device, tower)
         measured, sheet = _measure(parts, held_out, device)
         counts = {"train": len(training)}
-        with writing(out, "first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
+        with write("first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
             _save(parts, fresh)
             write_json(fresh / "measured.json", measured)
             write_whole(fresh / f"{SHEETS}.png", encode_png(sheet))
@@ -158,13 +156,6 @@ def settings_of_result(config: FirstStage) -> dict[str, Any]:
     """The settings that decide the result; how often to save and what to show do not."""
     how = {"log_every", "checkpoint_every", "sheet_every", "track"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
-
-
-def _code() -> list[str]:
-    """Digests of the files that decide what is trained."""
-    here = Path(__file__).parent
-    deciding = (here.parent / f"{name}.py" for name in DECIDING)
-    return [digest_file(file) for file in (*deciding, *sorted(here.glob("*.py")))]
 
 
 def _train(

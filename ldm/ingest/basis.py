@@ -7,17 +7,18 @@ mended rule lets in, while pictures that are gone from the web by now would be l
 
 from __future__ import annotations
 
-from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
-from ldm.artifacts import digest_file, digest_json
+from ldm import code
+from ldm.artifacts import digest_json
 from ldm.config import Ingest
 from ldm.ingest.fetch import guard_of, making
 
-MAKING = ("buckets", "pictures", "resizer")
-REFUSING = ("addresses", "downloader", "guard", "optout", "reasons", "rows")
-"""Modules of this room."""
+MAKING = ("ingest/buckets", "ingest/pictures", "ingest/resizer")
+REFUSING = (
+    *("ingest/addresses", "ingest/downloader", "ingest/guard", "ingest/optout"),
+    *("ingest/reasons", "ingest/rows"),
+)
 LIBRARIES = ("albumentations", "img2dataset", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -36,11 +37,8 @@ def basis_of(config: Ingest) -> Basis:
             **making(config),
             **{name: getattr(guard, name) for name in ("agent", "allowed", "max_bytes")},
         },
-        "code": _code(MAKING),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "code": code.digests(*MAKING),
+        "libraries": code.versions(*LIBRARIES),
     }
-    return Basis(digest_json(decides), digest_json({**decides, "refusing": _code(REFUSING)}))
-
-
-def _code(modules: tuple[str, ...]) -> list[str]:
-    return [digest_file(Path(__file__).with_name(f"{name}.py")) for name in modules]
+    refuses = {**decides, "refusing": code.digests(*REFUSING)}
+    return Basis(digest_json(decides), digest_json(refuses))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.config import Ingest
+from ldm.image_shards import ABOUT
 from ldm.ingest.blocklist import Blocklist
 from ldm.ingest.buckets import Size, buckets_of, nearest
 from ldm.ingest.cuts import CutShards, Sample
@@ -90,7 +91,7 @@ class Sieve:
         self.blocked.refuse((fetched.sha256, sha256), look)
         self.kept.add(row, sha256, look)
         about = _description(row, sha256, look, image.size)
-        return lambda: {self.config.image_format: fetched.read(), "json": about}
+        return lambda: {self.config.image_format: fetched.read(), ABOUT: about}
 
 
 def _description(row: Row, sha256: str, look: int | None, size: tuple[int, int]) -> bytes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-from ldm.errors import UserError
+from ldm.ingest.database import disk_told
 
 
 def scratch_database(tables: str) -> sqlite3.Connection:
@@ -18,13 +18,8 @@ def scratch_database(tables: str) -> sqlite3.Connection:
         return database
 
 
-@contextmanager
-def told() -> Iterator[None]:
+def told() -> AbstractContextManager[None]:
     """What such a database says, in a line: UserError where its disk is full."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise UserError(
-            f"{tempfile.gettempdir()}: the rows of the lists cannot be kept there ({error}); make "
-            "room on that disk, or name another folder in TMPDIR"
-        ) from error
+    elsewhere = "name another folder in TMPDIR for the rows of the lists"
+    room = f"make room on that disk, or {elsewhere}"
+    return disk_told(Path(tempfile.gettempdir()), room, elsewhere)

@@ -13,6 +13,7 @@ from typing import Any
 from ldm.artifacts import digest_file, write_json, write_whole, writing
 from ldm.config import Ingest
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS
 from ldm.ingest.basis import basis_of
 from ldm.ingest.blocklist import Blocklist, read_blocklist
 from ldm.ingest.buckets import buckets_of
@@ -29,7 +30,6 @@ from ldm.progress import say
 from ldm.scenes.lists import ORIGIN
 from ldm.scenes.origin import serving_scenes
 
-SPLITS = ("train", "validation")
 FETCHED, LOCK, SCRATCH = "fetched", "lock", "scratch"
 
 NOT_IN_BYTES = frozenset(
@@ -69,7 +69,7 @@ def ingest(config: Ingest, data: Path, out: Path, runs: Path, *, refetch: bool =
         inputs["blocked"] = digest_file(Path(config.blocked))
     expect_yields(listed, data, config.min_yield)  # Before the downloads, which may take days.
     counts: dict[str, int] = {}
-    with _opened(config, out, runs, refetch) as store:
+    with _opened(config, runs, refetch) as store:
         with writing(out, "images", config=_lasting(config), inputs=inputs, counts=counts) as fresh:
             _fetch_unknown(listed, store, out.parent / f".{out.name}.log", config)
             repack(listed, store, blocked, fresh, config)
@@ -102,14 +102,11 @@ def _describe(
 
 
 @contextmanager
-def _opened(config: Ingest, out: Path, runs: Path, refetch: bool) -> Iterator[Store]:
-    """The store, with nobody else at it or at ``out``."""
+def _opened(config: Ingest, runs: Path, refetch: bool) -> Iterator[Store]:
+    """The store, with nobody else at it."""
     folder = runs / FETCHED
-    with (
-        held(out.with_name(f".{out.name}.lock"), f"{out}: another process makes it; wait for it"),
-        held(folder / LOCK, f"{runs}: another `ldm ingest` uses it; wait, or give another --runs"),
-        Store(folder, basis_of(config), refetch=refetch) as store,
-    ):
+    refusal = f"{runs}: another `ldm ingest` uses it; wait, or give another --runs"
+    with held(folder / LOCK, refusal), Store(folder, basis_of(config), refetch=refetch) as store:
         yield store
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ldm.errors import UserError
 from ldm.ingest.basis import Basis
+from ldm.ingest.database import disk_told
 from ldm.ingest.reasons import RefusedError, may_pass
 from ldm.ingest.results import Fetched, Result
 from ldm.ingest.rows import Row
@@ -209,19 +209,10 @@ class Store:
         with self._told(), self._db:
             yield
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self) -> AbstractContextManager[None]:
         """What the database says, in a line."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise UserError(
-                f"{self.path}: cannot be used ({error}); make room on the disk, or mend that"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path}: is damaged ({error}); remove it, and its URLs are asked again"
-            ) from error
+        room = "make room on its disk, or mend that"
+        return disk_told(self.path, room, "remove it, and its URLs are asked again")
 
 
 def _sha256(content: bytes) -> str:

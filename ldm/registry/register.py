@@ -16,6 +16,7 @@ from ldm.artifacts import Manifest, digest_json, manifest_of, opening
 from ldm.config import Registry, Sampling
 from ldm.config.section import flat
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS
 from ldm.latents import SAMPLE_MEMBERS
 from ldm.progress import say
 from ldm.registry.gate import starting
@@ -24,7 +25,7 @@ from ldm.shards import ShardReader
 from ldm.tracking import runs, versions
 from ldm.tracking.commit import code_commit
 from ldm.tracking.liveness import connected
-from ldm.tracking.registered import SAMPLES, USES
+from ldm.tracking.registered import SAMPLES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,10 +122,10 @@ def _samples(latents: Path | None) -> str | None:
     made = None if latents is None else manifest_of(latents)
     if made is None:
         return None
-    keys = {split: ShardReader(made.path, split, SAMPLE_MEMBERS) for split in USES}
-    if any(len(keys[split]) != made.counts.get(split, 0) for split in USES):
+    keys = {split: ShardReader(made.path, split, SAMPLE_MEMBERS) for split in SPLITS}
+    if any(len(keys[split]) != made.counts.get(split, 0) for split in SPLITS):
         return None
-    return "".join(f"{split} {key}\n" for split in USES for key in sorted(keys[split]))
+    return "".join(f"{split} {key}\n" for split in SPLITS for key in sorted(keys[split]))
 
 
 def _lineage(

@@ -6,14 +6,13 @@ Endpoint and credentials are found where fsspec's client looks for them; for S3 
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ldm.errors import UserError
+from ldm.errors import UserError, is_full
 from ldm.progress import progress
 
 Item = TypeVar("Item")
@@ -22,7 +21,6 @@ AT_ONCE = 4
 """Files on their way."""
 PART = 2**24
 """Bytes of a larger file that are sent at a time."""
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Bucket:
@@ -113,6 +111,6 @@ def _remedy(error: Exception) -> str:
 
     if isinstance(error, (PermissionError, NoCredentialsError, PartialCredentialsError)):
         return "give credentials that may (AWS_ACCESS_KEY_ID and the like, or ~/.aws)"
-    if isinstance(error, OSError) and error.errno in FULL:
+    if is_full(error):
         return "make room and run it again, it goes on"
     return "see to the endpoint (AWS_ENDPOINT_URL_S3) and run it again, it goes on"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm import checkpoint
-from ldm.artifacts import digest_file, digest_json, opening, write_whole, writing
+from ldm import checkpoint, code
+from ldm.artifacts import digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Registry, Train
 from ldm.denoiser import Denoiser
@@ -48,7 +48,7 @@ DECIDING = (
     *("train/data", "train/draws", "train/ema", "train/fsdp", "train/objective", "train/order"),
     *("train/optimizers", "train/skipped", "train/state", "train/trainer", "train/validation"),
 )
-"""Modules of ``ldm``, besides ``ldm.nn``, that decide what a step does."""
+"""Modules of ``ldm``, besides those in ``nn``, that decide what a step does."""
 
 
 def train(
@@ -86,7 +86,8 @@ def train(
     start = digest_weights(unet)
     inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
     settings = settings_of_result(config)
-    identity: Identity = {"config": settings, "inputs": inputs, "code": _code()}
+    deciding = code.digests(*DECIDING, "nn")
+    identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
     if resume is not None:
         identity = continued(identity, resume, changed=changed)
     run = folder_of(runs, identity)
@@ -170,13 +171,6 @@ def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:
             f"train: a new run; {earlier} stands before its end and differs "
             f"({'; '.join(changes)}); `ldm train --resume {earlier} --changed` goes on from it"
         )
-
-
-def _code() -> list[str]:
-    """Digests of the files that decide what a step does."""
-    ldm = Path(__file__).parent.parent
-    files = [*(ldm / f"{name}.py" for name in DECIDING), *sorted((ldm / "nn").glob("*.py"))]
-    return [digest_file(file) for file in files]
 
 
 @contextmanager

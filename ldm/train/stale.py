@@ -8,19 +8,19 @@ from pathlib import Path
 from ldm.artifacts import Manifest, manifest_of
 from ldm.config import Encode
 from ldm.errors import UserError
+from ldm.image_shards import SPLITS, ImageReader
 from ldm.latents import ABOUT, SAMPLE_MEMBERS
 from ldm.shards import ShardReader
 
-SPLITS = ("train", "validation")
 DECIDING = ("compute", "storage")
 """Settings that decide what an array of the cache is."""
 
 
 def expect_current(latents: Path, images: Path | None, config: Encode) -> None:
-    """Raise :class:`UserError`, which says what differs, unless ``ldm encode`` would make the same.
+    """Raise :class:`UserError`, which says what differs, where latents have been left behind.
 
-    Where the pictures are not at hand, settings alone are compared. What is no artifact is left to
-    the stage that opens it.
+    That is by another ``compute`` or ``storage`` in the settings, or by other pictures, where these
+    are at hand; encoders are not compared. What is no artifact is left to the stage that opens it.
     """
     made = manifest_of(latents)
     if made is None:
@@ -45,19 +45,16 @@ def _difference(latents: Manifest, images: Manifest) -> str:
     if not all((made.path / name).is_file() for made in (latents, images) for name in made.files):
         return "its shards are others"  # Of what lies in a bucket no more is at hand.
     new = gone = reworded = 0
-    about = frozenset({images.config["image_format"], "json"})
     for split in SPLITS:
         encoded = ShardReader(latents.path, split, SAMPLE_MEMBERS)
-        pictures = ShardReader(images.path, split, about)
+        pictures = ImageReader(images, split)
         before, now = set(encoded), set(pictures)
         new, gone = new + len(now - before), gone + len(before - now)
-        reworded += sum(
-            _caption(encoded, ABOUT, key) != _caption(pictures, "json", key) for key in now & before
-        )
+        reworded += sum(_caption(encoded, key) != pictures.caption(key) for key in now & before)
     counts = {"samples new": new, "gone": gone, "with another caption": reworded}
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return found or "the same samples with other pixels, or cut into other shards"
 
 
-def _caption(reader: ShardReader, member: str, key: str) -> str:
-    return str(json.loads(reader.read(key, member))["caption"])
+def _caption(encoded: ShardReader, key: str) -> str:
+    return str(json.loads(encoded.read(key, ABOUT))["caption"])
