@@ -124,11 +124,12 @@ def _register(options: argparse.Namespace) -> None:
     from ldm.registry.register import register
     from ldm.remote.artifacts import reading
 
+    registry = _params(options).registry
     with (
         reading(options.images, options.runs, files=False) as images,
         reading(options.latents, options.runs) as latents,  # They name the samples.
     ):
-        register(_params(options).registry, options.model, options.eval, images, latents)
+        register(registry, options.model, options.eval, images, latents)
 
 
 def _promote(options: argparse.Namespace) -> None:
