@@ -21,13 +21,14 @@ import numpy as np
 
 from ldm.artifacts import Manifest, opening, writing
 from ldm.config import Encode, Pretrained
-from ldm.device import device_of, keep_large_memory
+from ldm.device import device_of
 from ldm.encode.encoded import Encoded, mended
 from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
 from ldm.encode.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
 from ldm.locks import held
+from ldm.memory import keep_large_memory
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
 from ldm.request import serve

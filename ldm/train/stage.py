@@ -30,6 +30,7 @@ from ldm.errors import UserError
 from ldm.latents import IDS, STATES
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
+from ldm.memory import keep_memory
 from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
@@ -76,6 +77,7 @@ def train(
     if config.deterministic:
         only_deterministic()
     device = device_of()
+    keep_memory(device)
     config = settled_training(config, device)
     if sharded := fsdp.asked():
         fsdp.check(config)
