@@ -20,9 +20,6 @@ from ldm.quiet import quieten
 if TYPE_CHECKING:
     from ldm.config import Params
 
-FAST = {"compute": "auto", "guided_from": 0.3, "guided_to": 0.9}
-"""What ``ldm generate --fast`` changes; ``python -m bench generation`` measures it."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run; a :class:`UserError` is one line on stderr and exit code 1."""
@@ -167,6 +164,7 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from ldm.config.drawing import FAST
     from ldm.generate.prompts import Wish
     from ldm.generate.stage import Job, generate
     from ldm.params import with_changes

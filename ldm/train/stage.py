@@ -79,7 +79,7 @@ def train(
     device = device_of()
     keep_memory(device)
     config = settled_training(config, device)
-    if sharded := fsdp.asked():
+    if sharded := fsdp.take_over():
         fsdp.check(config)
     accelerator = accelerator_for(config, device)
     _check_batch(config, accelerator.num_processes)
