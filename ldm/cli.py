@@ -73,16 +73,15 @@ def _first_stage(options: argparse.Namespace) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from ldm.launch import launch_encoding, processes_of
+    from ldm.launch import launch_encoding
     from ldm.remote.artifacts import publishing, reading
 
     params = _params(options)
-    configuration = params.encode.accelerate
     with (
         publishing(options.out, "latents", options.runs) as out,
         reading(options.images, options.runs) as images,
     ):
-        if configuration and processes_of(configuration) > 1:
+        if params.encode.accelerate:
             launch_encoding(params, images, out, options.runs)
         else:
             from ldm.encode.stage import encode

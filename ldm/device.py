@@ -15,13 +15,19 @@ from ldm.config import Sampling
 
 SamplingKind = TypeVar("SamplingKind", bound=Sampling)
 
+CPU_ASKED, TRUE = "ACCELERATE_USE_CPU", {"1", "true", "t", "yes", "y", "on"}
+"""Where ``accelerate launch`` tells its processes to use the CPU, and how."""
 CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
 """Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
 
 
 def device_of() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first CUDA device if there is one, else the CPU; the CPU, too, where that is asked for.
+
+    A launcher asks by :data:`CPU_ASKED`, which accelerate itself goes by.
+    """
+    cpu_asked = os.environ.get(CPU_ASKED, "").lower() in TRUE
+    return torch.device("cpu" if cpu_asked or not torch.cuda.is_available() else "cuda")
 
 
 @contextmanager

@@ -149,4 +149,4 @@ class Encode(Section):
     (Pictures have a shard for each of ingest's.)"""
     accelerate: str | None = None
     """Configuration for ``accelerate launch``, whose processes share the work; null: one process,
-    without a launcher."""
+    without a launcher, on a GPU if there is one."""

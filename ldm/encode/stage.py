@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from ldm.locks import held
 from ldm.memory import keep_large_memory
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
-from ldm.request import serve
+from ldm.request import EncodeRequest, serve
 from ldm.shards import ShardReader
 
 SPLITS = ("train", "validation")
@@ -212,18 +211,12 @@ def write_shards(
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.encode.stage``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
-    serve("encode", _asked)
+    serve("encode", EncodeRequest, _asked)
 
 
-def _asked(request: dict[str, Any]) -> None:
-    encode(
-        Encode.model_validate(request["encode"]),
-        Pretrained.model_validate(request["pretrained"]),
-        Path(request["images"]),
-        Path(request["out"]),
-        Path(request["runs"]),
-        Sharing.launched(),
-    )
+def _asked(asked: EncodeRequest) -> None:
+    paths = asked.images, asked.out, asked.runs
+    encode(asked.encode, asked.pretrained, *paths, Sharing.launched())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from ldm.memory import keep_memory
 from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
 from ldm.pipeline_folder import save_pipeline
 from ldm.progress import say
-from ldm.request import serve
+from ldm.request import TrainRequest, serve
 from ldm.run_log import LOG, last_val_loss
 from ldm.termination import Termination, taken_over
 from ldm.tracking.live import LOCK, Live
@@ -241,19 +241,15 @@ def _check_batch(config: Train, processes: int) -> None:
 
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.train.stage``."""
-    serve("train", _asked)
+    serve("train", TrainRequest, _asked)
 
 
-def _asked(request: dict[str, Any]) -> None:
+def _asked(asked: TrainRequest) -> None:
     train(
-        Train.model_validate(request["train"]),
-        Pretrained.model_validate(request["pretrained"]),
-        Path(request["latents"]),
-        Path(request["out"]),
-        Path(request["runs"]),
-        resume=Path(request["resume"]) if request["resume"] else None,
-        changed=request["changed"],
-        registry=Registry.model_validate(request["registry"]) if request["registry"] else None,
+        *(asked.train, asked.pretrained, asked.latents, asked.out, asked.runs),
+        resume=asked.resume,
+        changed=asked.changed,
+        registry=asked.registry,
     )
 
 
