@@ -17,10 +17,11 @@ from bench.sd_encoders import TOKENS, sd_encoders
 from bench.synthetic import write_images
 from ldm.artifacts import opening
 from ldm.config import Encode, Pretrained
-from ldm.device import device_of, keep_large_memory
+from ldm.device import device_of
 from ldm.encode.stage import encode
 from ldm.image_shards import ImageReader
 from ldm.images import decode_image, to_model
+from ldm.memory import keep_large_memory
 from ldm.models import load_encoders, locate
 from ldm.text import tokenize
 

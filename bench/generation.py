@@ -12,8 +12,8 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from bench.compare import compare
 from bench.peak import peak
-from ldm.cli import FAST
 from ldm.config import Sampling
+from ldm.config.drawing import FAST
 from ldm.device import device_of
 from ldm.models import Source, tiny_folder
 from ldm.options import DATA

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from bench.compare import compare
 from ldm.device import autocast, device_of, plain_attention
+from ldm.memory import keep_memory
 from ldm.models import locate
 from ldm.pipeline import load_unet
 from ldm.unet import denoise, from_scratch
@@ -31,6 +32,7 @@ DEVICE = device_of()
 @plain_attention(DEVICE)
 def main() -> None:
     """Print steps a second of both, at the shape of ``tiny`` and of a level of Stable Diffusion."""
+    keep_memory(DEVICE)  # As ``train`` does.
     tiny = load_unet(locate("tiny"), "diffusers")
     run("tiny, batch 64, precision auto", tiny, 64, 40, DEVICE)
     torch.manual_seed(0)

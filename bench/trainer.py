@@ -27,6 +27,7 @@ from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
 from ldm.denoiser import Denoiser
 from ldm.device import autocast, device_of, plain_attention
+from ldm.memory import keep_memory
 from ldm.models import load_encoders, locate
 from ldm.noise_schedule import load_schedule
 from ldm.pipeline import load_unet
@@ -48,6 +49,7 @@ SOURCE = locate(Pretrained().pipeline)
 @plain_attention(DEVICE)
 def main() -> None:
     """Print samples a second of the loops and their ratios, and the seconds of a start."""
+    keep_memory(DEVICE)  # As ``train`` does; the others have it too.
     title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
     with tempfile.TemporaryDirectory() as run:
         trainer = trainer_in(Path(run))

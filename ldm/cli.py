@@ -20,9 +20,6 @@ from ldm.quiet import quieten
 if TYPE_CHECKING:
     from ldm.config import Params
 
-FAST = {"compute": "auto", "guided_from": 0.3, "guided_to": 0.9}
-"""What ``ldm generate --fast`` changes; ``python -m bench generation`` measures it."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run; a :class:`UserError` is one line on stderr and exit code 1."""
@@ -76,16 +73,15 @@ def _first_stage(options: argparse.Namespace) -> None:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from ldm.launch import launch_encoding, processes_of
+    from ldm.launch import launch_encoding
     from ldm.remote.artifacts import publishing, reading
 
     params = _params(options)
-    configuration = params.encode.accelerate
     with (
         publishing(options.out, "latents", options.runs) as out,
         reading(options.images, options.runs) as images,
     ):
-        if configuration and processes_of(configuration) > 1:
+        if params.encode.accelerate:
             launch_encoding(params, images, out, options.runs)
         else:
             from ldm.encode.stage import encode
@@ -124,11 +120,12 @@ def _register(options: argparse.Namespace) -> None:
     from ldm.registry.register import register
     from ldm.remote.artifacts import reading
 
+    registry = _params(options).registry
     with (
         reading(options.images, options.runs, files=False) as images,
         reading(options.latents, options.runs) as latents,  # They name the samples.
     ):
-        register(_params(options).registry, options.model, options.eval, images, latents)
+        register(registry, options.model, options.eval, images, latents)
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -166,6 +163,7 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from ldm.config.drawing import FAST
     from ldm.generate.prompts import Wish
     from ldm.generate.stage import Job, generate
     from ldm.params import with_changes

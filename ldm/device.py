@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -16,18 +15,19 @@ from ldm.config import Sampling
 
 SamplingKind = TypeVar("SamplingKind", bound=Sampling)
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8
-"""Numbers of ``malloc.h``."""
+CPU_ASKED, TRUE = "ACCELERATE_USE_CPU", {"1", "true", "t", "yes", "y", "on"}
+"""Where ``accelerate launch`` tells its processes to use the CPU, and how."""
 CPU_BFLOAT16 = {"x86_64": ("avx512_bf16", "amx_bf16"), "aarch64": ("bf16",)}
 """Capabilities of a CPU, any of which multiplies bfloat16 in hardware."""
 
 
 def device_of() -> torch.device:
-    """The first CUDA device if there is one, else the CPU; the process then keeps its memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        _keep_memory()
-    return device
+    """The first CUDA device if there is one, else the CPU; the CPU, too, where that is asked for.
+
+    A launcher asks by :data:`CPU_ASKED`, which accelerate itself goes by.
+    """
+    cpu_asked = os.environ.get(CPU_ASKED, "").lower() in TRUE
+    return torch.device("cpu" if cpu_asked or not torch.cuda.is_available() else "cuda")
 
 
 @contextmanager
@@ -49,34 +49,6 @@ def plain_attention(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
-
-
-def _keep_memory() -> None:
-    """Have the C library keep what is freed up to 32 MB a piece, its most, for the next to ask.
-
-    Given back to the system after every step, memory came back a page at a time: a tenth of a
-    training step of ``tiny`` went into that. Threads besides the main one have their memory in
-    heaps of 64 MB, and one that is empty goes whole unless as much may stand in reserve.
-    """
-    _set_malloc({M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 * 2**20})
-
-
-def keep_large_memory(device: torch.device) -> None:
-    """Have a CPU process keep pieces of any size, in one heap for all threads.
-
-    For one whose threads compute large arrays and that holds little beside: the heap grows by a
-    seventh. Encoding 256 pixels at Stable Diffusion's size took a quarter longer without, most
-    of it in threads that waited for each other to give memory back.
-    """
-    if device.type == "cpu":
-        _set_malloc({M_MMAP_MAX: 0, M_ARENA_MAX: 1})
-
-
-def _set_malloc(options: Mapping[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's.
-    if mallopt is not None:
-        for option, value in options.items():
-            mallopt(option, value)
 
 
 def only_deterministic() -> None:

@@ -6,19 +6,23 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CalledProcessError
 from types import FrameType
-from typing import Any
 
 import psutil
-import yaml
+import torch
 
-from ldm.config import Params
+from ldm.config import Accelerate, Params, Section
+from ldm.device import CPU_ASKED, device_of
 from ldm.errors import UserError
-from ldm.request import leave
+from ldm.params import load_section
+from ldm.request import EncodeRequest, TrainRequest, leave
 from ldm.termination import taken_over
+
+AUTO = "auto"
+ONE_PROCESS = {"cuda": "infra/accelerate/gpu.yaml", "cpu": "infra/accelerate/cpu.yaml"}
+"""What ``auto`` is, by the device that there is."""
 
 
 def launch_training(
@@ -34,22 +38,21 @@ def launch_training(
 
     The version behind an alias in ``train.init`` is fixed here, and kept with the model.
     """
-    train = params.train.as_dict()
-    train["init"] = _fixed(params.train.init)
-    request = {
-        "train": train,
-        "pretrained": params.pretrained.as_dict(),
-        "latents": str(latents),
-        "out": str(out),
-        "runs": str(runs),
-        "resume": str(resume) if resume else None,
-        "changed": changed,
-        "registry": params.registry.as_dict() if params.train.track else None,
-    }
+    train = params.train.model_copy(update={"init": _fixed(params.train.init)})
+    request = TrainRequest(
+        train=train,
+        pretrained=params.pretrained,
+        latents=latents,
+        out=out,
+        runs=runs,
+        resume=resume,
+        changed=changed,
+        registry=params.registry if train.track else None,
+    )
     try:
-        _launch("train", params.train.accelerate, request)
+        _launch("train", train.accelerate, request)
     except SystemExit:
-        if params.train.track:
+        if train.track:
             # A trainer that was killed could not say so itself.
             from ldm.tracking.liveness import note_dead
 
@@ -63,24 +66,44 @@ def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None
     The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
     """
     assert params.encode.accelerate is not None
-    pretrained = params.pretrained.as_dict()
-    pretrained["pipeline"] = _fixed(params.pretrained.pipeline)
-    request = {"encode": params.encode.as_dict(), "pretrained": pretrained, "images": str(images)}
-    _launch("encode", params.encode.accelerate, request | {"out": str(out), "runs": str(runs)})
+    pipeline = _fixed(params.pretrained.pipeline)
+    request = EncodeRequest(
+        encode=params.encode,
+        pretrained=params.pretrained.model_copy(update={"pipeline": pipeline}),
+        images=images,
+        out=out,
+        runs=runs,
+    )
+    _launch("encode", params.encode.accelerate, request)
 
 
-def processes_of(configuration: str) -> int:
-    """How many processes an accelerate configuration asks for; UserError if there is no such file.
+def configuration_of(stage: str, named: str) -> tuple[str, Accelerate]:
+    """The accelerate configuration that a stage's setting names: its file, and what it says.
 
-    At least one.
+    Raises :class:`UserError` where the file cannot be used, or asks for more GPUs than there are.
     """
-    return max(1, int(_read(configuration).get("num_processes", 1)))
+    file = ONE_PROCESS[device_of().type] if named == AUTO else named
+    if not Path(file).is_file():
+        raise UserError(
+            f"{file}: no such accelerate configuration; mend {stage}.accelerate, or run `ldm` in "
+            "the folder that its path starts from"
+        )
+    settings = load_section(Accelerate, Path(file))
+    wanted, there = settings.processes_here, _gpus_for(settings)
+    if not settings.use_cpu and wanted > there:
+        raise UserError(
+            f"{file}: this machine has {there} of the {wanted} GPUs that it asks for; lower its "
+            f"num_processes, or leave {stage}.accelerate at its default, which takes what there is"
+        )
+    return file, settings
 
 
-def _read(configuration: str) -> dict[str, Any]:
-    if not Path(configuration).is_file():
-        raise UserError(f"{configuration}: no such accelerate configuration; see `accelerate`")
-    return dict(yaml.safe_load(Path(configuration).read_text()))
+def _gpus_for(settings: Accelerate) -> int:
+    """How many GPUs of this machine a configuration's processes would find."""
+    there = torch.cuda.device_count()
+    if settings.gpu_ids in (None, "all"):
+        return there
+    return min(there, len(settings.gpu_ids.split(",")))
 
 
 def _fixed(name: str) -> str:
@@ -92,21 +115,25 @@ def _fixed(name: str) -> str:
     return pinned(name)
 
 
-def _launch(stage: str, configuration: str, request: Mapping[str, Any]) -> None:
+def _launch(stage: str, named: str, request: Section) -> None:
     """Run ``python -m ldm.STAGE.stage`` in as many processes as the accelerate configuration says.
 
     The request is JSON in their environment. Raises :class:`SystemExit` with the exit code of the
     process that failed first. It has said why, or is said to have been killed. SIGTERM and Ctrl-C
     go on to the processes.
     """
+    file, settings = configuration_of(stage, named)
     leave(request)
-    settings, processes = _read(configuration), processes_of(configuration)
+    os.environ[CPU_ASKED] = str(settings.use_cpu)  # accelerate says it to a lone process only.
     # Left to itself, accelerate gives a lone CPU process one thread.
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    arguments = ["--config_file", configuration, "--num_cpu_threads_per_process", str(threads)]
-    if processes > 1 and "main_process_port" not in settings:
+    threads = max(1, len(os.sched_getaffinity(0)) // settings.processes_here)
+    arguments = ["--config_file", file, "--num_cpu_threads_per_process", str(threads)]
+    if settings.num_machines == 1 and settings.main_process_port is None:
         arguments += ["--main_process_port", "0"]  # Any that is free.
-    code = _launched(*arguments, "-m", f"ldm.{stage}.stage")
+    try:
+        code = _launched(*arguments, "-m", f"ldm.{stage}.stage")
+    except ValueError as error:
+        raise UserError(f"{file}: accelerate refuses it ({str(error).splitlines()[0]})") from error
     if code == -signal.SIGKILL:
         killed = "a process was killed; the same command goes on from what is done"
         print(f"ldm {stage}: {killed}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Pretrained parts by name, all through ``from_pretrained``.
 
-A name is ``tiny`` (embedded in this package), a local folder, a training's checkpoint, an MLflow
-URI (``models:/NAME@ALIAS``) or a hub id (``ORGANISATION/NAME``, or with ``@REVISION``). A pipeline
-folder is in Stable Diffusion layout: ``vae``, ``text_encoder``, ``tokenizer``, ``unet``,
-``scheduler``.
+A name is ``tiny`` (embedded in this package), a local folder or a hub id (``ORGANISATION/NAME``).
+A pipeline's may also be an MLflow URI (``models:/NAME@ALIAS``) or a hub id with ``@REVISION``, and
+where a UNet is asked for, a training's checkpoint. A pipeline folder is in Stable Diffusion layout:
+``vae``, ``text_encoder``, ``tokenizer``, ``unet``, ``scheduler``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def locate(name: str, revision: str | None = None) -> Source:
 
 
 def locate_clip(name: str, revision: str | None = None) -> Source:
-    """Resolve the name of a CLIP with both towers."""
+    """Resolve the name of a CLIP with both towers: ``tiny``, a folder or a hub id."""
     return (
         Source(str(tiny_folder() / "clip"), name=name)
         if name == TINY

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm import __version__
+from ldm.presets import presets
 
 if TYPE_CHECKING:
     from ldm.remote.artifacts import Location
 
+PARAMS = "params.yaml"
 MODEL_HELP = "folder, checkpoint of a training, hub id or MLflow URI"
 
 DATA = Path("data")
@@ -20,6 +22,7 @@ LATENTS = Path("artifacts/latents")
 MODEL = Path("artifacts/model")
 EVAL = Path("artifacts/eval")
 REPORT = Path("artifacts/report")
+EXPLAINED = Path("explained")
 RUNS = Path("runs")
 REMOTE = frozenset({IMAGES, LATENTS})
 """What may be given as a URL instead."""
@@ -33,12 +36,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
 
+    settings = f"params file, or a preset: {', '.join(presets())}; default: {PARAMS}"
+
     def command(name: str, help: str, **paths: Path) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--params", default="params.yaml", help="params file or preset")
+        sub.add_argument("--params", default=PARAMS, help=settings)
         sub.add_argument(
-            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override"
-        )
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+            help="a setting instead of that file's; may be given more than once",
+        )  # fmt: skip
         for path, default in paths.items():
             kind, what = (_location, "folder or URL, ") if default in REMOTE else (_folder, "")
             about = f"{what}default: {default}"
@@ -88,11 +94,11 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("named", metavar="URL|KEY", help="of the row; the key of its sample")
     _generate_options(command("generate", "draw pictures from prompts"))
     explain = command("explain", "draw diffusion itself: a picture to noise and back")
-    explain.add_argument("picture", type=Path)
-    explain.add_argument("--model", default="tiny", help=MODEL_HELP)
+    explain.add_argument("picture", type=Path, help="file; its middle is taken")
+    explain.add_argument("--model", default="tiny", help=f"{MODEL_HELP}; default: tiny")
     explain.add_argument("--prompt", default="", help="what the way back leads to")
-    explain.add_argument("--seed", type=int, default=0)
-    explain.add_argument("--out", type=Path, default=Path("explained"))
+    explain.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+    explain.add_argument("--out", type=Path, default=EXPLAINED, help=f"default: {EXPLAINED}")
     return parser
 
 

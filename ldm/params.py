@@ -1,12 +1,11 @@
 """Reading ``params.yaml``: one line that names file and key where it cannot be used.
 
-Presets are params files of their own under ``ldm/presets``, holding only what differs from the
+Presets (:mod:`ldm.presets`) are params files of their own, holding only what differs from the
 defaults of :mod:`ldm.config`.
 """
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from ldm.config import Params, Section
 from ldm.errors import UserError
+from ldm.presets import presets
 
 SectionKind = TypeVar("SectionKind", bound=Section)
 
@@ -25,16 +25,15 @@ def load_params(source: str, overrides: list[str]) -> Params:
     Values in overrides are YAML. Raises :class:`UserError` naming file and key.
     """
     path = _locate(source)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not YAML ({reason})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping of sections, is {type(values).__name__}")
+    values = _mapping(path)
     for override in overrides:
         _apply(values, override)
     return _validated(Params, values, str(path))
+
+
+def load_section(kind: type[SectionKind], path: Path) -> SectionKind:
+    """One section from a YAML file of its own. Raises :class:`UserError` naming file and key."""
+    return _validated(kind, _mapping(path), str(path))
 
 
 def with_changes(section: SectionKind, changes: dict[str, Any], where: str) -> SectionKind:
@@ -48,13 +47,23 @@ def _validated(kind: type[SectionKind], values: dict[str, Any], where: str) -> S
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key}: {_explain(first)}") from error
+        raise UserError(": ".join(filter(None, (where, key, _explain(first))))) from error
 
 
-def presets() -> dict[str, Path]:
-    """The shipped presets by name."""
-    folder = Path(str(resources.files("ldm") / "presets"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file maps to what; nothing if it is empty."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not YAML ({reason})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be lines of `key: value`, is a {type(values).__name__}")
+    return values
 
 
 def _locate(source: str) -> Path:
@@ -73,7 +82,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: must be section.key=value")
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # An empty section.
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise UserError(f"--set {override}: {parent} is not a section")
     try:
@@ -86,4 +97,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown key; check the spelling or remove it"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]} (is {error['input']!r})"
+    message = f"{message[0].lower()}{message[1:]}"
+    of_a_section = isinstance(error["input"], dict | Section)
+    return message if of_a_section else f"{message} (is {error['input']!r})"

@@ -1,4 +1,4 @@
-"""Library defaults that a person at a terminal does not want: telemetry, chatter, retries."""
+"""Library defaults that a person at a terminal does not want: telemetry and chatter."""
 
 from __future__ import annotations
 

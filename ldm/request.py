@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from ldm.config import Encode, Pretrained, Registry, Section, Train
 from ldm.errors import UserError, full_disk_told
 from ldm.termination import LAUNCHER, ask_when_orphaned
 
@@ -16,12 +16,38 @@ REQUEST = "LDM_REQUEST"
 """Where it stands in their environment."""
 
 
-def leave(request: Mapping[str, Any]) -> None:
+class TrainRequest(Section):
+    """The arguments of :func:`ldm.train.stage.train`."""
+
+    train: Train
+    pretrained: Pretrained
+    latents: Path
+    out: Path
+    runs: Path
+    resume: Path | None = None
+    changed: bool = False
+    registry: Registry | None = None
+
+
+class EncodeRequest(Section):
+    """The arguments of :func:`ldm.encode.stage.encode`."""
+
+    encode: Encode
+    pretrained: Pretrained
+    images: Path
+    out: Path
+    runs: Path
+
+
+Request = TypeVar("Request", bound=Section)
+
+
+def leave(request: Section) -> None:
     """Put it where processes that are started from now on find it."""
-    os.environ |= {REQUEST: json.dumps(request), LAUNCHER: str(os.getpid())}
+    os.environ |= {REQUEST: request.model_dump_json(), LAUNCHER: str(os.getpid())}
 
 
-def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
+def serve(stage: str, kind: type[Request], run: Callable[[Request], None]) -> None:
     """Do in such a process what was asked; a :class:`UserError` ends it as it ends ``ldm STAGE``.
 
     SIGTERM comes when the launcher dies.
@@ -29,7 +55,7 @@ def serve(stage: str, run: Callable[[dict[str, Any]], None]) -> None:
     ask_when_orphaned()
     try:
         with full_disk_told(Path.cwd()):
-            run(json.loads(os.environ[REQUEST]))
+            run(kind.model_validate_json(os.environ[REQUEST]))
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from ldm.config import Sampling
 from ldm.device import autocast, device_of
 from ldm.errors import UserError
 from ldm.images import to_pixels
+from ldm.memory import keep_memory
 from ldm.models import Source
 from ldm.pipeline import load_model
 from ldm.schedulers import Sampler, make_sampler
@@ -58,6 +59,7 @@ class Painter:
         ``network`` says whose code runs the UNet: ``ldm`` or ``diffusers``.
         """
         device = device_of()
+        keep_memory(device)
         encoders, unet, schedule = load_model(source, network)
         return cls(
             encoders.vae.to(device),

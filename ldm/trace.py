@@ -6,70 +6,72 @@ import csv
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ldm.config import Params
+from ldm.config import Params, Registry
 from ldm.errors import UserError
 from ldm.image_shards import SPLITS
 from ldm.ingest.rows import ascii_url, key_of, read_list
 from ldm.latents import IDS, TEXTS
 from ldm.progress import say
+from ldm.tracking.connection import SQLITE, may_exist, tracking_uri
 from ldm.tracking.registered import trained_on
 
 KEY = re.compile(r"[0-9a-f]{32}")
+Place = tuple[str, Iterator[str] | None]
+"""What it is called, and what is found there, a line each; None if there is no such place."""
 
 
 def trace(params: Params, named: str, data: Path, images: Path, latents: Path) -> None:
     """Say, a line each, where the sample of a URL, or of that key, is.
 
-    That is rows of the lists in ``data``, shards of ``images`` and ``latents``, and versions of the
-    registered model, however long ago these were trained. Raises :class:`UserError` when there is
-    no trace of it.
+    That is rows of the lists in ``data`` and of ``skipped.csv`` in ``images``, shards of ``images``
+    and ``latents``, and versions of the registered model, however long ago these were trained.
+    What is not there is said not to have been looked into. Raises :class:`UserError`, which names
+    what was, when there is no trace of it.
     """
     key = named if KEY.fullmatch(named) else key_of(named)
-    found = 0
-    for line in _here(key, data, images, latents, params.ingest.max_caption):
-        say(line)
-        found += 1
-    silent = []
-    for version, use in trained_on(params.registry, key).items():
-        if use:
-            say(f"{version}: {use} it")
+    uses = trained_on(params.registry, key)
+    searched, found = [], 0
+    for place, lines in (
+        *_files(key, data, images, latents, params.ingest.max_caption),
+        *_versions(params.registry, uses),
+    ):
+        if lines is None:
+            say(f"{place}: is not there, not looked into")
+            continue
+        searched.append(place)
+        for line in lines:
+            say(line)
             found += 1
-        elif use is None:
-            silent.append(version)
-    but = f"; not known of {', '.join(silent)}" if silent else ""
+    silent = ", ".join(version for version, use in uses.items() if use is None)
     if not found:
-        raise UserError(f"{named}: no trace of it{but}")
+        what = f"no trace of it in {', '.join(searched)}" if searched else "nothing was looked into"
+        raise UserError(f"{named}: {what}" + (f"; not known of {silent}" if silent else ""))
     if silent:
-        say(f"not known of {', '.join(silent)}")
+        say(f"not known of {silent}")
 
 
-def _here(key: str, data: Path, images: Path, latents: Path, max_caption: int) -> Iterator[str]:
-    yield from _rows(data, key, max_caption)
-    yield from _left_out(images / "skipped.csv", key)
-    for path, _ in _members(images, f"{key}.json"):
-        yield f"{path}: picture {key}"
-    for path, about in _members(latents, f"{key}.json"):
-        text = json.loads(about)["text"]
-        yield f"{path}: latents {key}"
-        for place, _ in _members(latents, f"{text}.{IDS}", prefix=TEXTS):
-            yield f"{place}: text {text}, which other samples may share"
+def _files(key: str, data: Path, images: Path, latents: Path, max_caption: int) -> Iterator[Place]:
+    for split in SPLITS:
+        path = data / f"{split}.csv"
+        yield str(path), _rows(path, key, max_caption) if path.is_file() else None
+    skipped = images / "skipped.csv"
+    yield str(skipped), _left_out(skipped, key) if skipped.is_file() else None
+    for folder, what in ((images, _pictures), (latents, _latents)):
+        shards = sorted(folder.glob("*.tar"))
+        yield str(folder / "*.tar"), what(shards, key) if shards else None
 
 
-def _rows(data: Path, key: str, max_caption: int) -> Iterator[str]:
-    paths = (data / f"{split}.csv" for split in SPLITS)
-    for path in filter(Path.is_file, paths):
-        for row in read_list(path, path.stem, max_caption):
-            if _names(row.url, key):
-                yield f"{path} row {row.number}: {row.url}"
+def _rows(path: Path, key: str, max_caption: int) -> Iterator[str]:
+    for row in read_list(path, path.stem, max_caption):
+        if _names(row.url, key):
+            yield f"{path} row {row.number}: {row.url}"
 
 
 def _left_out(path: Path, key: str) -> Iterator[str]:
     """Its picture may be in another row's sample all the same, which the reason then names."""
-    if not path.is_file():
-        return
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             if _names(line["url"], key):
@@ -82,9 +84,23 @@ def _names(url: str, key: str) -> bool:
     return ascii_url(url) is not None and key_of(url) == key
 
 
-def _members(folder: Path, name: str, prefix: str = "") -> Iterator[tuple[Path, bytes]]:
+def _pictures(shards: Sequence[Path], key: str) -> Iterator[str]:
+    for path, _ in _members(shards, f"{key}.json"):
+        yield f"{path}: picture {key}"
+
+
+def _latents(shards: Sequence[Path], key: str) -> Iterator[str]:
+    texts = [path for path in shards if path.name.startswith(TEXTS)]
+    for path, about in _members(shards, f"{key}.json"):
+        text = json.loads(about)["text"]
+        yield f"{path}: latents {key}"
+        for place, _ in _members(texts, f"{text}.{IDS}"):
+            yield f"{place}: text {text}, which other samples may share"
+
+
+def _members(shards: Sequence[Path], name: str) -> Iterator[tuple[Path, bytes]]:
     """Shards with a member of that name, and what it holds."""
-    for path in sorted(folder.glob(f"{prefix}*.tar")):
+    for path in shards:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
@@ -92,3 +108,16 @@ def _members(folder: Path, name: str, prefix: str = "") -> Iterator[tuple[Path, 
                         yield path, content.read()
         except tarfile.TarError as error:
             raise UserError(f"{path}: damaged tar ({error}); make the shards again") from error
+
+
+def _versions(registry: Registry, uses: Mapping[str, str | None]) -> Iterator[Place]:
+    """The registered model, unless no version of it says what it was trained on."""
+    at = tracking_uri(registry.tracking_uri)
+    database = at.removeprefix(SQLITE)
+    if not may_exist(at):
+        yield database, None
+    elif not uses:
+        yield f"model {registry.model} in {database}", None
+    elif any(use is not None for use in uses.values()):
+        lines = (f"{version}: {use} it" for version, use in uses.items() if use)
+        yield f"model {registry.model} in {database}", lines

@@ -14,6 +14,7 @@ from transformers import CLIPModel, CLIPTextModel
 
 from ldm.artifacts import writing
 from ldm.config import ClipTraining, Encode, Pretrained, UnetShape, VaeTraining
+from ldm.device import CPU_ASKED
 from ldm.encode.stage import encode
 from ldm.first_stage.clip import build_clip
 from ldm.first_stage.tokenizer import train_tokenizer
@@ -40,6 +41,14 @@ SCHEDULE = {
 def _one_thread() -> None:
     """Small tensors gain nothing from a second thread, and results stay the same anywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_the_cpu() -> Iterator[None]:
+    """Here and in the processes that tests start, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CPU_ASKED, "true")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from ldm.cli import COMMANDS
 from ldm.config import Params
 from ldm.errors import UserError
 from ldm.options import parser
-from ldm.params import load_params, presets
+from ldm.params import load_params, with_changes
+from ldm.presets import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOP = ["--set", "registry.model=shop", "--set", "registry.tracking_uri=sqlite:///nowhere.db"]
@@ -44,6 +45,43 @@ def test_wrong_settings_are_one_line_that_names_the_key(override: str, words: st
 def test_overrides_apply() -> None:
     params = load_params("tiny", ["train.steps=7", "evaluate.sampling.guidance=2"])
     assert (params.train.steps, params.evaluate.sampling.guidance) == (7, 2.0)
+
+
+def test_an_empty_section_has_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("train:\nevaluate:\n  sampling:\n")
+    assert load_params(str(tmp_path / "empty.yaml"), []) == Params()
+    overrides = ["train.steps=5", "evaluate.sampling.steps=6", "train.lora.rank=7"]
+    params = load_params(str(tmp_path / "empty.yaml"), overrides)
+    assert params.train.steps == 5 and params.evaluate.sampling.steps == 6
+    assert params.train.lora is not None and params.train.lora.rank == 7
+    with pytest.raises(UserError, match=r"--set train\.steps\.a=5: steps is not a section"):
+        load_params(str(tmp_path / "empty.yaml"), ["train.steps=5", "train.steps.a=5"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff", r"broken\.yaml: is not UTF-8 \(.*\); save it as UTF-8"),
+        (b"a: [", r"broken\.yaml: is not YAML"),
+        (b"[]", r"broken\.yaml: must be lines of `key: value`, is a list"),
+    ],
+)
+def test_what_is_no_params_file_is_said_in_one_line(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "broken.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_params(str(tmp_path / "broken.yaml"), [])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_with_a_section_does_not_repeat_it() -> None:
+    with pytest.raises(UserError) as caught:
+        load_params("tiny", ["train.accumulation=7"])
+    assert str(caught.value).endswith("multiple of accumulation 7: change either")
+    wrong = {"sampler": "ddpm", "implementation": "diffusers"}
+    with pytest.raises(UserError, match=r"^generate: sampler ddpm: .*implementation ldm$"):
+        with_changes(Params().generate, wrong, "generate")
 
 
 def test_an_unquoted_no_means_no() -> None:
@@ -79,6 +117,7 @@ def test_a_missing_file_names_the_presets() -> None:
         (["train", "--set", "train.accelerate=none.yaml"], "none.yaml: no such accelerate"),
         (["encode", "--images", "tests"], "tests: has no manifest.json"),
         (["evaluate", "--data", "nowhere"], "nowhere/prompts.jsonl: no such file; write one JSON"),
+        (["register", "--images", "no://a/b", "--set", "registry.modl=a"], "registry.modl: unk"),
         (["generate", "--model", "tiny", "--prompt", ""], "prompt 1: has no prompt"),
         (["generate", "--model", "tiny"], "no prompts: give --prompt"),
         (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
@@ -95,6 +134,13 @@ def test_bad_input_is_one_line_and_a_failure(arguments: list[str], words: str) -
     message = done.stderr.strip()
     assert message.startswith(f"ldm {arguments[0]}: ") and words in message
     assert "\n" not in message
+
+
+def test_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["encode", "--help"])
+    told = "".join(capsys.readouterr().out.split())
+    assert f"{','.join(presets())};default:params.yaml" in told
 
 
 def test_every_stage_that_help_names_can_be_run() -> None:

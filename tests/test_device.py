@@ -1,4 +1,4 @@
-"""Precision follows the hardware."""
+"""Which device it is, and that precision follows it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,31 @@ import pytest
 import torch
 
 from ldm.config import Sampling
-from ldm.device import autocast, has_bfloat16, plain_attention, precision_of, settled_sampling
+from ldm.device import (
+    CPU_ASKED,
+    autocast,
+    device_of,
+    has_bfloat16,
+    plain_attention,
+    precision_of,
+    settled_sampling,
+)
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "cpu"), [(None, False), ("False", False), ("True", True), ("true", True), ("1", True)]
+)
+def test_a_launcher_may_ask_for_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, asked: str | None, cpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv(CPU_ASKED)
+    if asked is not None:
+        monkeypatch.setenv(CPU_ASKED, asked)
+    assert device_of().type == ("cuda" if gpu and not cpu else "cpu")
 
 
 def test_a_cpu_has_bfloat16_if_its_flags_say_so() -> None:

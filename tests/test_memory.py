@@ -1,16 +1,27 @@
-"""What is left of memory, and that a training asks for no more than it needs."""
+"""What is left of memory, what is kept, and that a training asks for no more than it needs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+import ldm.memory
 import ldm.saver
+from ldm.artifacts import opening
 from ldm.checkpoint import Checkpoint, newest, save
+from ldm.config import Encode, FirstStage, Pretrained
+from ldm.encode.stage import encode
+from ldm.first_stage.stage import first_stage
 from ldm.memory import available
+from ldm.models import Source
+from ldm.report.stage import _reconstructions
+from ldm.sampling import Painter
 from ldm.saver import Saver
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
@@ -84,3 +95,80 @@ def test_validation_takes_no_larger_batches_than_training(
     monkeypatch.setattr(Objective, "loss", noted)
     run_here(pipeline, latents, tmp_path, accumulation=4)
     assert sizes == {2}
+
+
+# What a process keeps
+
+MAPPED = """
+import ctypes, sys, torch
+import ldm.memory
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks".split()]
+    _fields_ += [(f"other{number}", ctypes.c_size_t) for number in range(6)]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Info
+library.malloc.restype = ctypes.c_void_p
+getattr(ldm.memory, sys.argv[1])(torch.device(sys.argv[2]))
+before = library.mallinfo2().hblks
+for mib in (16, 512):
+    library.malloc(ctypes.c_size_t(mib * 2**20))
+print(library.mallinfo2().hblks - before)
+"""
+"""How many of a piece of 16 and one of 512 MiB are the system's, and go back to it at once."""
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "mapped"),
+    [
+        ("keep_memory", "cuda", 2),
+        ("keep_memory", "cpu", 1),
+        ("keep_large_memory", "cuda", 2),
+        ("keep_large_memory", "cpu", 0),
+    ],
+)
+def test_pieces_of_memory_are_kept_on_a_cpu(name: str, device: str, mapped: int) -> None:
+    command = [sys.executable, "-c", MAPPED, name, device]
+    assert int(subprocess.run(command, capture_output=True, check=True).stdout) == mapped
+
+
+class Kept(BaseException):
+    """So far a stage is to come."""
+
+
+def trains(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
+    run_here(pipeline, latents, folder)
+
+
+def encodes(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
+    encode(Encode(), Pretrained(pipeline=str(pipeline)), images, folder / "out", folder / "runs")
+
+
+def trains_a_first_stage(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
+    first_stage(FirstStage(), images, folder / "out", folder / "runs")
+
+
+def draws(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
+    Painter.load(Source(str(pipeline)))
+
+
+def reports(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
+    _reconstructions(opening(images, "images", "ingest"), latents, pipeline)
+
+
+@pytest.mark.parametrize("stage", [trains, encodes, trains_a_first_stage, draws, reports])
+def test_all_that_computes_keeps_its_memory(
+    pipeline: Path,
+    images: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Callable[[Path, Path, Path, Path], None],
+) -> None:
+    def noted(_: Mapping[int, int]) -> None:
+        raise Kept
+
+    monkeypatch.setattr(ldm.memory, "_set_malloc", noted)
+    with pytest.raises(Kept):
+        stage(pipeline, images, latents, tmp_path)

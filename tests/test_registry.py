@@ -31,6 +31,7 @@ from ldm.models import locate
 from ldm.registry.gate import judge, verdict
 from ldm.registry.promotion import promote, rollback
 from ldm.registry.register import register
+from ldm.request import TrainRequest
 from ldm.tracking import connection, registered, versions
 from ldm.tracking.commit import code_commit
 from tests.launched import SHORT, wait_for
@@ -238,9 +239,13 @@ def test_a_training_starts_from_the_version_behind_an_alias(
     settings = {**SHORT, "mixed_precision": "no", "steps": 1, "learning_rate": 1e-12}
     settings |= {"init": "models:/start@challenger"}
     params = Params.model_validate({"train": settings, "pretrained": {"pipeline": str(pipeline)}})
-    monkeypatch.setattr(
-        ldm.launch, "_launch", lambda _, __, request: ldm.train.stage._asked(request)
-    )
+
+    def launched(_: str, __: str, request: TrainRequest) -> None:
+        told = TrainRequest.model_validate_json(request.model_dump_json())
+        assert told == request
+        ldm.train.stage._asked(told)
+
+    monkeypatch.setattr(ldm.launch, "_launch", launched)
     ldm.launch.launch_training(params, latents, tmp_path / "model", tmp_path / "runs")
     made = opening(tmp_path / "model", "model", "train")
     assert made.config["init"] == f"models:/start/{number}"

@@ -37,7 +37,6 @@ PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_48
 CPU = str(ROOT / "infra/accelerate/cpu.yaml")
 FORCED = {
     "ingest.allow_addresses": ["127.0.0.1/32"],
-    "encode.accelerate": None,
     "encode.batch_size": 1,
     "train.accelerate": CPU,
     "train.batch_size": 2,

@@ -162,7 +162,7 @@ def test_the_launcher_is_told_whom_to_start_and_whether_to_show_it(
     monkeypatch.setattr(ldm.launch, "_launch", lambda *arguments: asked.extend(arguments))
     train = Train(track=tracked, accelerate=configuration)
     ldm.launch.launch_training(Params(train=train), tmp_path, tmp_path, tmp_path)
-    assert asked[1] == configuration and bool(asked[2]["registry"]) is tracked
+    assert asked[1] == configuration and bool(asked[2].registry) is tracked
 
 
 @pytest.mark.parametrize(("able", "precision"), [(True, "bf16"), (False, "no")])

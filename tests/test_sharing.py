@@ -33,9 +33,7 @@ from ldm.encode import encoded
 from ldm.encode.encoded import Encoded
 from ldm.encode.latent_shards import Captions
 from ldm.encode.sharing import Sharing
-from ldm.errors import UserError
 from ldm.latents import text_key
-from ldm.launch import processes_of
 from tests.encoding import ROOT, Project, Rows, encoded_in, in_shards, picture, write_images
 from tests.launched import wait_for
 
@@ -217,13 +215,6 @@ def configuration(folder: Path, processes: int) -> Path:
     return path
 
 
-def test_processes_of_a_configuration(tmp_path: Path) -> None:
-    assert processes_of(str(ROOT / "infra/accelerate/cpu.yaml")) == 1
-    assert processes_of(str(configuration(tmp_path, THREE))) == THREE
-    with pytest.raises(UserError, match=r"nowhere\.yaml: no such accelerate configuration"):
-        processes_of("nowhere.yaml")
-
-
 def finish(process: Popen[str]) -> tuple[int, str, str]:
     """Exit code as a shell sees it, and what was said and complained of."""
     said, complained = process.communicate(timeout=500)
@@ -247,6 +238,16 @@ def test_any_number_of_processes_write_the_same_bytes(
     project.assert_as_if_clean()
     code, said, _ = finish(project.launch(**settings))
     assert (code, encoded_in(said)) == (0, (0, 0))
+    project.assert_as_if_clean()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_launched_alone_does_all(pipeline: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, pipeline)
+    write_images(project.images, in_shards(numbered(4), 2))
+    code, said, complained = finish(project.launch(accelerate="infra/accelerate/cpu.yaml"))
+    assert code == 0, complained
+    assert encoded_in(said) == (5, 4)
     project.assert_as_if_clean()
 
 

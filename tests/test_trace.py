@@ -59,6 +59,7 @@ class Project:
     def make(self, train: list[str]) -> None:
         lists = {"train": train, "validation": URLS[3:]}
         with writing(self.images, "images", config={"image_format": "png"}, inputs={}) as fresh:
+            write_skipped(fresh / "skipped.csv", [])
             for split, urls in lists.items():
                 write_list(self.data / f"{split}.csv", "url,caption", [(url, url) for url in urls])
                 with writing_shard(fresh / f"{split}-00000.tar") as append:
@@ -136,12 +137,30 @@ def test_a_row_that_was_left_out_is_named_with_its_reason(
     assert said(capsys)[0] == f"{tmp_path}/skipped.csv: row 7 of train is left out, {why}"
 
 
-def test_what_nobody_knows_is_said_in_one_line(project: Project) -> None:
+def test_what_nobody_knows_is_said_with_all_that_was_searched(project: Project) -> None:
+    searched = [project.data / "train.csv", project.data / "validation.csv"]
+    searched += [project.images / "skipped.csv", project.images / "*.tar"]
+    searched += [project.latents / "*.tar", "model traced in mlflow.db"]
     for named in ("http://a.org/none.png", "0" * 32):
-        with pytest.raises(UserError, match=rf"^{named}: no trace of it$"):
+        with pytest.raises(UserError) as caught:
             project.trace(named)
+        assert str(caught.value) == f"{named}: no trace of it in {', '.join(map(str, searched))}"
     with pytest.raises(UserError, match="'train-00000': is no URL; write http"):
         project.trace("train-00000")
+
+
+def test_what_is_not_there_is_not_said_to_have_no_trace(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that was mistyped is no clean bill, nor is a model."""
+    mistyped = {**project.params.model_dump(), "registry": Registry(model="tracd")}
+    capsys.readouterr()
+    with pytest.raises(UserError) as caught:
+        trace(Params.model_validate(mistyped), GONE, tmp_path, tmp_path, tmp_path / "none")
+    assert str(caught.value) == f"{GONE}: nothing was looked into"
+    files = ("train.csv", "validation.csv", "skipped.csv", "*.tar", "none/*.tar")
+    lacking = [*(tmp_path / name for name in files), "model tracd in mlflow.db"]
+    assert said(capsys) == [f"{one}: is not there, not looked into" for one in lacking]
 
 
 def test_old_versions_are_found_when_the_row_is_gone(
@@ -166,7 +185,7 @@ def test_versions_that_do_not_say_are_named(
     model = model_of(place / "silent", pipeline, latents="other")
     register(config, model, evaluation_of(place / "silent", model))
     silent = Params.model_validate({**project.params.model_dump(), "registry": config})
-    with pytest.raises(UserError, match=r"no trace of it; not known of silent version 1 @chall"):
+    with pytest.raises(UserError, match=r"latents/\*\.tar; not known of silent version 1 @chall"):
         trace(silent, "0" * 32, project.data, project.images, project.latents)
     capsys.readouterr()
     trace(silent, URLS[3], project.data, project.images, project.latents)
@@ -203,6 +222,10 @@ def test_the_command(tmp_path: Path) -> None:
         )
         for named in ("http://a/%E5%9B%BE", "http://a/b")
     )
-    assert (known.returncode, known.stdout) == (0, "data/train.csv row 0: http://a/图\n")
-    assert (other.returncode, other.stderr) == (1, "ldm trace: http://a/b: no trace of it\n")
+    lacking = ["data/validation.csv", "artifacts/images/skipped.csv", "artifacts/images/*.tar"]
+    lacking += ["artifacts/latents/*.tar", "mlflow.db"]
+    absent = "".join(f"{one}: is not there, not looked into\n" for one in lacking)
+    assert (known.returncode, known.stdout) == (0, f"data/train.csv row 0: http://a/图\n{absent}")
+    complaint = "ldm trace: http://a/b: no trace of it in data/train.csv\n"
+    assert (other.returncode, other.stdout, other.stderr) == (1, absent, complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

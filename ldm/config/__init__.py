@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm.config.accelerate import Accelerate
 from ldm.config.dataset import Encode, Ingest, Pretrained, Scenes
 from ldm.config.drawing import Evaluate, EvaluationSampling, Gate, Registry, Sampling
 from ldm.config.first_stage import (
@@ -15,6 +16,7 @@ from ldm.config.section import Precision, Section
 from ldm.config.training import Lora, NoiseSchedule, Train, UnetShape
 
 __all__ = [
+    "Accelerate",
     "ClipTraining",
     "Encode",
     "Evaluate",

@@ -127,7 +127,8 @@ class Pretrained(Section):
     """
 
     pipeline: str = "tiny"
-    """Folder or id in Stable Diffusion layout: vae, text_encoder, tokenizer, unet, scheduler."""
+    """In Stable Diffusion layout: vae, text_encoder, tokenizer, unet, scheduler. Also an MLflow URI
+    such as ``models:/ldm@champion``, and a hub id with ``@REVISION`` instead of ``revision``."""
     revision: str | None = None
     network: Literal["ldm", "diffusers"] = "ldm"
     """Whose code runs the UNet; the weights are the same."""
@@ -148,4 +149,4 @@ class Encode(Section):
     (Pictures have a shard for each of ingest's.)"""
     accelerate: str | None = None
     """Configuration for ``accelerate launch``, whose processes share the work; null: one process,
-    without a launcher."""
+    without a launcher, on a GPU if there is one."""

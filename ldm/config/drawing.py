@@ -49,6 +49,11 @@ class EvaluationSampling(Sampling):
     """Precision of the UNet."""
 
 
+FAST = {"compute": "auto", "guided_from": 0.3, "guided_to": 0.9}
+"""What of a :class:`Sampling` ``ldm generate --fast`` changes; ``python -m bench generation``
+measures it."""
+
+
 class Evaluate(Section):
     """Batch sampling over the evaluation prompts."""
 
@@ -59,7 +64,7 @@ class Gate(Section):
     """When a challenger becomes champion."""
 
     wins_on: tuple[str, ...] = ("adherence_new", "adherence_heldout")
-    """The mean of these metrics must rise by ``min_gain`` at least."""
+    """The mean of these metrics must rise by ``min_gain`` at least; where that is 0, at all."""
     min_gain: float = 0.0
     holds: tuple[str, ...] = ("adherence",)
     """None of these may fall by more than ``max_loss``."""

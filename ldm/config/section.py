@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -18,6 +18,14 @@ class Section(BaseModel):
     """Frozen, and no key it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty(cls, value: object, about: ValidationInfo) -> object:
+        """YAML reads a section with nothing in it as null."""
+        kind = cls.model_fields[about.field_name or ""].annotation
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        return {} if value is None and is_section else value
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""

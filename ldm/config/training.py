@@ -139,8 +139,9 @@ class Train(Section):
     """The newest ones; the best by validation loss stays too."""
     max_skipped: Count = 10
     """Steps in a row that may be skipped because their loss or gradient is not finite."""
-    accelerate: str = "infra/accelerate/cpu.yaml"
-    """Configuration for ``accelerate launch``."""
+    accelerate: str = "auto"
+    """Configuration for ``accelerate launch``: a file, or ``auto``, which is
+    ``infra/accelerate/gpu.yaml`` (one GPU) where there is a GPU, else ``cpu.yaml`` beside it."""
     patience_s: Count = 1800
     """How long processes wait for one that stands still; then the training ends, and the same
     command goes on from its newest checkpoint."""

@@ -35,7 +35,12 @@ class Sharing:
 
     @classmethod
     def launched(cls) -> Sharing:
-        """This process's part, in one that ``accelerate launch`` or ``torchrun`` started."""
+        """This process's part, in one that ``accelerate launch`` or ``torchrun`` started.
+
+        All of the work in one that was started alone, which has no number among others.
+        """
+        if "RANK" not in os.environ:
+            return cls.alone()
         store, rank, processes = next(rendezvous("env://"))
         return cls(store, rank, processes, int(os.environ["LOCAL_RANK"]))
 

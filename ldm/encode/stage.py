@@ -15,13 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldm.artifacts import Manifest, manifest_of, opening, writing
 from ldm.config import Encode, Pretrained
-from ldm.device import device_of, keep_large_memory
+from ldm.device import device_of
 from ldm.encode.encoded import Encoded, mended
 from ldm.encode.encoders import Encoder, picture_encoder, text_encoder
 from ldm.encode.latent_shards import Captions, PictureShard, Shard, TextShard
@@ -29,9 +28,10 @@ from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
 from ldm.image_shards import SPLITS, ImageReader, split_of
 from ldm.locks import held
+from ldm.memory import keep_large_memory
 from ldm.models import Encoders, digests, load_encoders, locate
 from ldm.progress import progress, say
-from ldm.request import serve
+from ldm.request import EncodeRequest, serve
 
 PICTURES, TEXTS = "pictures", "texts"
 ENCODED, LOCK, CAPTIONS = "encoded", "lock", "captions"
@@ -210,18 +210,12 @@ def write_shards(
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.encode.stage``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
-    serve("encode", _asked)
+    serve("encode", EncodeRequest, _asked)
 
 
-def _asked(request: dict[str, Any]) -> None:
-    encode(
-        Encode.model_validate(request["encode"]),
-        Pretrained.model_validate(request["pretrained"]),
-        Path(request["images"]),
-        Path(request["out"]),
-        Path(request["runs"]),
-        Sharing.launched(),
-    )
+def _asked(asked: EncodeRequest) -> None:
+    paths = asked.images, asked.out, asked.runs
+    encode(asked.encode, asked.pretrained, *paths, Sharing.launched())
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from ldm.first_stage.vae import compared, reconstruct, train_vae
 from ldm.image_shards import SPLITS, ImageReader
 from ldm.images import decode_image, encode_png, psnr
 from ldm.locks import held
+from ldm.memory import keep_memory
 from ldm.models import digest_weights
 from ldm.pipeline import forget_origin
 from ldm.progress import say
@@ -104,6 +105,7 @@ def first_stage(
             "ingest.bucket_step null into another folder"
         )
     device = device_of()
+    keep_memory(device)
     config = settled_first_stage(config, device)
     tower = None
     inputs = {"images": pictures.digest}

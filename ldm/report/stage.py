@@ -23,6 +23,7 @@ from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
+from ldm.memory import keep_memory
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
 from ldm.prompts import GROUPS, Prompt, lines_of
@@ -204,6 +205,7 @@ def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Recon
     pictures = ShardReader(images.path, "validation", frozenset({extension, "json"}))
     cached = ShardReader(latents, "validation", SAMPLE_MEMBERS)
     device = device_of()
+    keep_memory(device)
     vae = load_vae(Source(str(model))).to(device)
     keys = sorted(pictures)[:MEASURED]
     found = []

@@ -26,8 +26,11 @@ LAYERS = ("resnets", "attentions", "downsamplers", "upsamplers", "layers")
 and freed one at a time."""
 
 
-def asked() -> bool:
-    """Whether the accelerate configuration says FSDP; accelerate itself no longer hears of it."""
+def take_over() -> bool:
+    """Take FSDP out of accelerate's hands, which no longer hears of it; whether it was asked for.
+
+    A second call says False.
+    """
     return os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"
 
 

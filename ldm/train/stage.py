@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +24,11 @@ from ldm.device import device_of, only_deterministic, plain_attention
 from ldm.latents import IDS, STATES
 from ldm.locks import held
 from ldm.lora import FOLDER, Adapters, Base
+from ldm.memory import keep_memory
 from ldm.models import Encoders, Source, digest_weights, load_encoders, locate
 from ldm.pipeline import load_model, save_pipeline
 from ldm.progress import say
-from ldm.request import serve
+from ldm.request import TrainRequest, serve
 from ldm.run_log import LOG, last_val_loss
 from ldm.termination import Termination, taken_over
 from ldm.tracking.live import Live
@@ -74,8 +74,9 @@ def train(
     if config.deterministic:
         only_deterministic()
     device = device_of()
+    keep_memory(device)
     config = settled_training(config, device)
-    if sharded := fsdp.asked():
+    if sharded := fsdp.take_over():
         fsdp.check(config)
     accelerator = accelerator_for(config, device)
     check_batch(config, accelerator.num_processes)
@@ -185,19 +186,15 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
 
 def main() -> None:
     """Entry of ``accelerate launch -m ldm.train.stage``."""
-    serve("train", _asked)
+    serve("train", TrainRequest, _asked)
 
 
-def _asked(request: dict[str, Any]) -> None:
+def _asked(asked: TrainRequest) -> None:
     train(
-        Train.model_validate(request["train"]),
-        Pretrained.model_validate(request["pretrained"]),
-        Path(request["latents"]),
-        Path(request["out"]),
-        Path(request["runs"]),
-        resume=Path(request["resume"]) if request["resume"] else None,
-        changed=request["changed"],
-        registry=Registry.model_validate(request["registry"]) if request["registry"] else None,
+        *(asked.train, asked.pretrained, asked.latents, asked.out, asked.runs),
+        resume=asked.resume,
+        changed=asked.changed,
+        registry=asked.registry,
     )
 
 

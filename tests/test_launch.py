@@ -1,0 +1,146 @@
+"""What an accelerate configuration asks for, and that the processes it starts know it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ldm.launch
+from ldm.config import Encode, Params, Train
+from ldm.device import CPU_ASKED
+from ldm.errors import UserError
+from ldm.launch import configuration_of, launch_encoding, launch_training
+from tests.launched import ROOT
+
+OWN = ROOT / "infra/accelerate"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """So many, for torch; by default none."""
+    monkeypatch.delenv(CPU_ASKED)
+    monkeypatch.chdir(ROOT)
+    count = getattr(request, "param", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    return count
+
+
+def write(folder: Path, **settings: object) -> str:
+    """A configuration that differs from ``ddp.yaml``."""
+    path = folder / "own.yaml"
+    common = yaml.safe_load((OWN / "ddp.yaml").read_text())
+    path.write_text(yaml.safe_dump({**common, **settings}))
+    return str(path)
+
+
+@pytest.mark.parametrize(("gpus", "own"), [(0, "cpu"), (1, "gpu"), (2, "gpu")], indirect=["gpus"])
+def test_by_default_a_training_takes_what_there_is(gpus: int, own: str) -> None:
+    file, settings = configuration_of("train", Train().accelerate)
+    assert file == f"infra/accelerate/{own}.yaml"
+    assert settings.num_processes == 1 and settings.use_cpu is (own == "cpu")
+
+
+@pytest.mark.parametrize("gpus", [1], indirect=True)
+def test_auto_is_the_cpu_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    monkeypatch.setenv(CPU_ASKED, "true")
+    assert configuration_of("train", "auto")[0] == "infra/accelerate/cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "there", "wanted"),
+    [
+        (0, {"num_processes": 1}, 0, 1),
+        (1, {}, 1, 2),
+        (2, {"num_processes": 6, "num_machines": 2}, 2, 3),
+        (2, {"gpu_ids": "1"}, 1, 2),
+    ],
+    indirect=["gpus"],
+)
+def test_more_processes_than_gpus_are_refused(
+    tmp_path: Path, gpus: int, settings: dict[str, Any], there: int, wanted: int
+) -> None:
+    words = rf"own\.yaml: this machine has {there} of the {wanted} GPUs .*leave encode\.accelerate"
+    with pytest.raises(UserError, match=words):
+        configuration_of("encode", write(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"),
+    [
+        (2, {}),
+        (2, {"num_processes": 4, "num_machines": 2}),
+        (4, {"gpu_ids": "1,3"}),
+        (0, {"use_cpu": True}),
+    ],
+    indirect=["gpus"],
+)
+def test_as_many_processes_as_there_are_gpus_may_be(
+    tmp_path: Path, gpus: int, settings: dict[str, Any]
+) -> None:
+    assert configuration_of("train", write(tmp_path, **settings))[1].processes_here == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", r"num_processes: field required$"),
+        ("num_processes:", r"num_processes: input should be a valid integer \(is None\)"),
+        ("num_processes: '2'", r"num_processes: input should be a valid integer \(is '2'\)"),
+        ("num_processes: 0", r"num_processes: input should be greater than or equal to 1 \(is 0\)"),
+        ("{num_processes: 2, gpu_ids: 0}", r"gpu_ids: input should be a valid string \(is 0\)"),
+        ("num_processes: [", "is not YAML"),
+        ("- num_processes", "must be lines of `key: value`, is a list"),
+    ],
+)
+def test_a_configuration_that_is_none_is_one_line(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"own\.yaml: {words}") as caught:
+        configuration_of("train", str(tmp_path / "own.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_is_not_there_says_which_setting_names_it() -> None:
+    words = r"nowhere\.yaml: no such accelerate configuration; mend train\.accelerate"
+    with pytest.raises(UserError, match=words):
+        configuration_of("train", "nowhere.yaml")
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is left there for the processes."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_what_accelerate_refuses_is_one_line(tmp_path: Path) -> None:
+    own = write(tmp_path, use_cpu=True, num_procs=2)
+    params = Params(encode=Encode(accelerate=own))
+    with pytest.raises(UserError, match=r"own\.yaml: accelerate refuses it \(.*'num_procs'"):
+        launch_encoding(params, tmp_path, tmp_path, tmp_path)
+
+
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize("name", ["cpu", "cpu-ddp", "cpu-fsdp"])
+def test_processes_are_told_to_use_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """accelerate itself tells it to a lone one only."""
+    found = []
+    os.environ.pop(CPU_ASKED)
+
+    def launched(*_: str) -> int:
+        found.append(os.environ[CPU_ASKED])
+        return 0
+
+    monkeypatch.setattr(ldm.launch, "_launched", launched)
+    params = Params(train=Train(track=False, accelerate=str(OWN / f"{name}.yaml")))
+    launch_training(params, tmp_path, tmp_path, tmp_path)
+    assert found == ["True"]
