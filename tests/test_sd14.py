@@ -39,6 +39,7 @@ FORCED = {
     "ingest.allow_addresses": ["127.0.0.1/32"],
     "encode.batch_size": 1,
     "train.accelerate": CPU,
+    "train.compile": False,
     "train.batch_size": 2,
     "train.accumulation": 2,
     "train.gradient_checkpointing": True,

@@ -103,6 +103,6 @@ class FirstStage(Section):
     """Steps, of each part."""
     sheet_every: Count | None = 1000
     """Steps of the VAE between sheets of held-out pictures above their reconstructions,
-    ``reconstructions-NNNNNNNN.png`` in the run's folder; null: none."""
+    ``reconstructions-NNNNNNNN.png`` in ``vae`` of the run's folder; null: none."""
     track: bool = True
     """Show the training in MLflow as it goes."""
