@@ -138,8 +138,8 @@ class Train(Section):
     keep_checkpoints: Count = 2
     """The newest ones; the best by validation loss stays too."""
     max_skipped: Count = 10
-    """Steps in a row that may be skipped because their loss or gradient is not finite; one more ends
-    the training."""
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more
+    ends the training."""
     accelerate: str = "auto"
     """Configuration for ``accelerate launch``: a file, or ``auto``, which is
     ``infra/accelerate/gpu.yaml`` (one GPU) where there is a GPU, else ``cpu.yaml`` beside it."""

@@ -93,7 +93,8 @@ def first_stage(
     ``reconstructions.png`` (held-out pictures above what the VAE makes of them) and
     ``measured.json`` {vae_psnr_db, clip_retrieval, clip_order, text_order}, the last with a layout
     phase. Checkpoints go to a folder of ``runs`` named by a digest of the settings, the images and
-    the code that decides the result. With ``registry`` MLflow shows the training as it goes, and what was measured.
+    the code that decides the result. With ``registry`` MLflow shows the training as it goes, and
+    what was measured.
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and UserError
     while another process writes the same.
