@@ -15,9 +15,9 @@ from bench.peak import peak
 from ldm.config import Sampling
 from ldm.config.drawing import FAST
 from ldm.device import device_of
+from ldm.evaluation_prompts import read_prompts
 from ldm.models import Source, tiny_folder
 from ldm.options import DATA
-from ldm.prompts import read_prompts
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description
 from ldm.scenes.reader import shows

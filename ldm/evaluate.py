@@ -17,6 +17,7 @@ from ldm.clip_score import clip_scores
 from ldm.config import Evaluate, Pretrained
 from ldm.device import device_of, settled_sampling
 from ldm.errors import UserError
+from ldm.evaluation_prompts import GROUPS, Prompt, read_prompts
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
 from ldm.models import (
@@ -30,7 +31,6 @@ from ldm.models import (
 )
 from ldm.pipeline import load_unet
 from ldm.progress import progress, say
-from ldm.prompts import GROUPS, Prompt, read_prompts
 from ldm.run_log import last_val_loss
 from ldm.sampling import Painter, Request
 from ldm.scenes.lists import read_description

@@ -14,13 +14,13 @@ from ldm.config import Encode, Evaluate, EvaluationSampling, Pretrained, Registr
 from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.evaluate import evaluate
+from ldm.evaluation_prompts import lines_of, read_prompts
 from ldm.grid import BAD as BAD_FRAME
 from ldm.grid import CELL, GAP, GOOD, TEXT
 from ldm.images import decode_image
 from ldm.models import Source
 from ldm.params import load_params
 from ldm.pipeline import load_unet
-from ldm.prompts import lines_of, read_prompts
 from ldm.registry.promotion import promote
 from ldm.registry.register import register
 from ldm.report.stage import report

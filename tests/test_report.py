@@ -25,13 +25,13 @@ from ldm.config import Evaluate, Gate, Ingest, Registry, Train, VaeTraining
 from ldm.encode.encoders import posterior_moments
 from ldm.errors import UserError
 from ldm.evaluate import Judged
+from ldm.evaluation_prompts import GROUPS, Prompt
 from ldm.first_stage.vae import build_vae, reconstruct
 from ldm.images import decode_image, encode_png, psnr
 from ldm.ingest.report import report as ingest_report
 from ldm.ingest.report import write_skipped
 from ldm.ingest.rows import Row, Skip
 from ldm.latents import ABOUT, MOMENTS, text_key, to_npy
-from ldm.prompts import GROUPS, Prompt
 from ldm.registry.gate import Decision, judge
 from ldm.registry.gate import verdict as gate_verdict
 from ldm.registry.standing import Standing

@@ -21,12 +21,12 @@ from ldm.config import Registry
 from ldm.config.section import as_text, flat
 from ldm.device import device_of
 from ldm.errors import UserError
+from ldm.evaluation_prompts import GROUPS, Prompt, lines_of
 from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.memory import keep_memory
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
-from ldm.prompts import GROUPS, Prompt, lines_of
 from ldm.registry.standing import Standing, standing
 from ldm.report.chart import Curves
 from ldm.report.page import Group, Link, Page, Picture, Reconstruction, Sample, render
