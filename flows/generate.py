@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.process import ROOT, run_ldm
+from flows.process import ROOT, run_ldm, stop_in_order
 
 
 @flow(name="generate")
@@ -30,4 +30,5 @@ if __name__ == "__main__":
     parser.add_argument("--out")
     parser.add_argument("--model", help="default: the champion of registry.model")
     parser.add_argument("--seed", type=int, help="default: generate.seed")
+    stop_in_order()
     generate(**vars(parser.parse_args()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.process import ROOT, run_ldm
+from flows.process import ROOT, run_ldm, stop_in_order
 
 
 @flow(name="promote")
@@ -22,4 +22,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rollback", action="store_true", help="put the former champion back")
     parser.add_argument("--version", help="decide on this one, not the challenger")
+    stop_in_order()
     promote(**vars(parser.parse_args()))

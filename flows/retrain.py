@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from flows.dag import stage_graph, stale
-from flows.process import ROOT, run, run_ldm
+from flows.process import ROOT, run, run_ldm, stop_in_order
 from ldm.artifacts import manifest_of
 from ldm.errors import UserError
 from ldm.options import EVAL, REPORT
@@ -126,6 +126,7 @@ def reported(root: Path) -> bool:
 def main() -> None:
     """Run the flow, or say that there is nothing to do."""
     argparse.ArgumentParser(description=__doc__).parse_args()
+    stop_in_order()
     started = time.monotonic()
     try:
         if not stale(ROOT) and reported(ROOT):

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import ItemsView
 from pathlib import Path
 
+import psutil
 import pytest
 from prefect.logging import disable_run_logger
 
@@ -83,7 +85,13 @@ def test_a_cancelled_retraining_ends_its_stage(tmp_path: Path) -> None:
         subprocess.run(command, cwd=tmp_path, check=True)
     command = "trap 'touch stopped; exit 1' TERM; touch started; sleep 60 & wait"
     write_json(tmp_path / "dvc.yaml", {"stages": {"ingest": {"cmd": command}}})  # JSON is YAML.
-    code = "from pathlib import Path; from flows.retrain import retrain; retrain(Path.cwd())"
+    code = """
+from pathlib import Path
+from flows.process import stop_in_order
+from flows.retrain import retrain
+stop_in_order()
+retrain(Path.cwd())
+"""
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     try:
@@ -93,6 +101,17 @@ def test_a_cancelled_retraining_ends_its_stage(tmp_path: Path) -> None:
     finally:
         flow.kill()
     assert (tmp_path / "stopped").exists()
+    assert flow.returncode == 143
+    ours = ("PREFECT_HOME", environment["PREFECT_HOME"])
+    left = [one for one in psutil.process_iter() if ours in environment_of(one)]
+    assert not psutil.wait_procs(left, timeout=20)[1]  # Prefect's temporary server.
+
+
+def environment_of(process: psutil.Process) -> ItemsView[str, str]:
+    try:
+        return process.environ().items()
+    except psutil.Error:
+        return {}.items()
 
 
 # What is run
