@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,6 @@ SMALL = {
     "train": {"steps": 6, "batch_size": 8, "warmup_steps": 1, "validate_every": 3},
     "evaluate": {"sampling": {"steps": 2}},
 }
-PORT = 42864
 
 
 def environment(project: Path) -> dict[str, str]:
@@ -201,9 +201,11 @@ def test_the_page_is_there(retrained: Path) -> None:
 @pytest.fixture
 def server(retrained: Path, tmp_path: Path) -> Iterator[str]:
     """A real Prefect server on loopback."""
-    url = f"http://127.0.0.1:{PORT}/api"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
     process = subprocess.Popen(
-        [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)],
+        [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         env={**environment(retrained), "PREFECT_HOME": str(tmp_path / "server")},
         cwd=retrained,
         stdout=subprocess.DEVNULL,
