@@ -58,7 +58,9 @@ def read_picture(path: Path, painter: Painter) -> np.ndarray:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: is no picture that can be read ({error})") from error
+        raise UserError(
+            f"{path}: is no picture that can be read ({error}); give a PNG or JPEG file"
+        ) from error
     return np.asarray(ImageOps.fit(upright, (columns * scale, rows * scale)))
 
 

@@ -10,6 +10,8 @@ from ldm.errors import UserError
 
 ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 ATTENTION |= {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+OTHERS = "set pretrained.network to diffusers"
+"""What runs a UNet of another kind."""
 
 FAMILY: dict[str, Any] = {
     "act_fn": "silu",
@@ -74,7 +76,9 @@ class UNetConfig:
         """From the content of a ``config.json``; ``UserError`` names what is not of the family."""
         for name, default in FAMILY.items():
             if values.get(name, default) not in ALIKE.get(name, (default, None)):
-                raise UserError(f"unet: {name} is {values[name]!r}; only {default!r} is known here")
+                raise UserError(
+                    f"unet: {name} is {values[name]!r}; only {default!r} is known here; {OTHERS}"
+                )
         widths = tuple(values["block_out_channels"])
         levels = len(widths)
 
@@ -85,9 +89,11 @@ class UNetConfig:
             attends = tuple(ATTENTION[kind] for kind in values["down_block_types"])
             back = tuple(ATTENTION[kind] for kind in values["up_block_types"])[::-1]
         except KeyError as error:
-            raise UserError(f"unet: block type {error} is not known here") from error
+            raise UserError(f"unet: block type {error} is not known here; {OTHERS}") from error
         if attends != back:
-            raise UserError("unet: up_block_types are not the mirror of down_block_types")
+            raise UserError(
+                f"unet: up_block_types are not the mirror of down_block_types; {OTHERS}"
+            )
         return cls(
             sample_size=values["sample_size"],
             in_channels=values["in_channels"],

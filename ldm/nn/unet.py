@@ -189,7 +189,10 @@ class UNet(nn.Module):
             unet.load_state_dict({name: one.float() for name, one in weights.items()}, assign=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{folder}: weights do not fit {CONFIG} ({reason})") from error
+            raise UserError(
+                f"{folder}: weights do not fit {CONFIG} ({reason}); give a folder whose files "
+                "belong together"
+            ) from error
         return unet
 
     def save_pretrained(self, folder: Path) -> None:
