@@ -97,17 +97,23 @@ def averaged(folder: Path) -> tuple[Model, Tensors]:
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write aside, sync, rename into place; then remove all but the newest ``keep`` and the best.
 
-    UserError if the disk does not take it; the earlier ones are left as they are.
+    A whole one of this step that is there already is the one that was gone on from, and only gets
+    its validation loss. UserError if the disk does not take it; the earlier ones are left as they
+    are.
     """
     target = run / f"step-{checkpoint.step:08d}"
     fresh = run / f".{target.name}.writing"
     for leftover in run.glob(".step-*.writing"):
         shutil.rmtree(leftover)
     try:
-        fresh.mkdir(parents=True)
-        _write(fresh, checkpoint)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+        if damage_of(target) is None:
+            write_json(target / STATE, {**(_state(target) or {}), "val_loss": checkpoint.val_loss})
+            _sync(target)
+        else:
+            fresh.mkdir(parents=True)
+            _write(fresh, checkpoint)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
         _sync(run)
     except UserError:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -138,10 +144,18 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _on_cpu(tensors: Tensors, *, copy: bool = False) -> Tensors:
-    """As a file takes them; in memory of their own with ``copy``, else where that can be spared."""
-    return {
-        name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()
-    }
+    """As a file takes them; in memory of their own with ``copy``, else where that can be spared.
+
+    A file takes no two that share memory, as the tables of 8-bit AdamW do.
+    """
+    found: Tensors = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        one = tensor.detach().to("cpu", copy=copy).contiguous()
+        place = one.untyped_storage().data_ptr()
+        found[name] = one.clone() if place in seen else one
+        seen.add(place)
+    return found
 
 
 def _prune(run: Path, keep: int, newest: Path) -> None:
@@ -202,7 +216,7 @@ def newest_folder(run: Path) -> Path | None:
 
 def folders(run: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
-    return sorted(run.glob("step-*"))
+    return sorted(one for one in run.glob("step-*") if one.name.removeprefix("step-").isdigit())
 
 
 def damage_of(folder: Path) -> str | None:

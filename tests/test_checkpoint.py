@@ -8,7 +8,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,36 @@ def test_a_fault_at_any_call_leaves_a_whole_newest(tmp_path: Path, error: BaseEx
             assert number > 10
             return
     raise AssertionError("never went through")
+
+
+def test_a_fault_while_a_step_is_saved_again_loses_nothing(tmp_path: Path) -> None:
+    for number in range(100):
+        run = tmp_path / str(number)
+        save(run, at(20), keep=2)
+        with failing(number, Killed()) as made, suppress(Killed):
+            save(run, at(20, 0.5), keep=2)
+        found = newest(run)
+        assert found is not None and found.step == 20
+        assert found.val_loss in (None, 0.5)
+        if len(made) <= number:
+            assert found.val_loss == 0.5
+            return
+    raise AssertionError("never went through")
+
+
+def test_tensors_that_share_memory_are_saved_each(tmp_path: Path) -> None:
+    table = torch.arange(4.0)
+    save(tmp_path, Checkpoint(1, {}, {}, {"0.table": table, "1.table": table}), keep=1)
+    found = newest(tmp_path)
+    assert found is not None
+    assert all(torch.equal(one, table) for one in found.optimizer.values())
+    assert len(found.optimizer) == 2
+
+
+def test_folders_of_another_name_are_no_checkpoints(tmp_path: Path) -> None:
+    kept = save(tmp_path, at(10), keep=1)
+    shutil.copytree(kept, tmp_path / "step-00000010.mine")
+    assert folders(tmp_path) == [kept]
 
 
 def test_a_full_disk_is_said_and_the_earlier_ones_stay(tmp_path: Path) -> None:

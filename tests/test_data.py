@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,25 @@ def test_who_asks_for_a_steps_keys_leaves_the_thread_alone_that_makes_batches(
     shown = [made.cache.key(made.order.sample(position)) for position in range(400, 408)]
     monkeypatch.setattr(made.order, "sample", None)
     assert made.keys(50) == shown
+
+
+def test_an_error_ends_the_processes_that_make_batches() -> None:
+    code = """
+        from contextlib import closing
+        from ldm.train.data import made_ahead
+
+        class Numbers:
+            def __getitem__(self, number):
+                return number
+
+        with closing(made_ahead(Numbers(), range(100), 2, pinned=False)) as batches:
+            assert next(batches) == 0
+            raise RuntimeError("out of memory")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "out of memory" in done.stderr
 
 
 def test_timesteps_are_even_over_any_stretch() -> None:

@@ -111,6 +111,24 @@ def test_what_cannot_be_gone_on_with(
         run(pipeline, latents, tmp_path, resume=earlier, changed=True, **settings)
 
 
+def test_whose_network_it_is_makes_another_run(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    config = Train.model_validate({**HALF, "steps": 2})
+    for network in ("ldm", "diffusers"):
+        parts = Pretrained.model_validate({"pipeline": str(pipeline), "network": network})
+        train(config, parts, latents, tmp_path / "model", tmp_path / "runs")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_damaged_description_of_another_run_stops_nothing(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    earlier = run(pipeline, latents, tmp_path, steps=2)
+    (earlier / "run.json").write_text("{")
+    assert run(pipeline, latents, tmp_path, steps=3) != earlier
+
+
 def scheduler_of(pipeline: Path, **changes: object) -> None:
     path = pipeline / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

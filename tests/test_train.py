@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from ldm.models import Source
 from ldm.report.stage import read_curves
 from ldm.run_log import metrics_of
 from ldm.sampling import Painter, Request
+from ldm.train.ema import Ema
+from ldm.train.objective import Objective
 from ldm.train.stage import train
 from ldm.train.validation import by_band
 from tests.encoding import Project, in_shards, picture, write_images
@@ -212,6 +215,41 @@ def test_a_step_without_a_finite_gradient_changes_nothing(
     (newest,) = tmp_path.glob("runs/*/step-00000012")
     optimizer = load_file(newest / "optimizer.safetensors")
     assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {10}
+
+
+def test_a_step_without_a_finite_loss_is_skipped_whatever_its_gradient(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = Objective.loss, []
+
+    def infinite(*arguments: Any) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return whole(*arguments) + (math.inf if sum(calls) == 4 and calls[-1] else 0.0)
+
+    monkeypatch.setattr(Objective, "loss", infinite)
+    model = run_here(pipeline, latents, tmp_path, log_every=1)
+    (skipped,) = (line for line in read_log(model) if "skipped" in line)
+    assert skipped["step"] == 4 and len(skipped["skipped"]) == 8
+    (newest,) = tmp_path.glob("runs/*/step-00000012")
+    optimizer = load_file(newest / "optimizer.safetensors")
+    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {11}
+
+
+def test_a_skipped_step_is_in_no_average(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda cache, _: cache.split == "train")
+    monkeypatch.setattr(Ema, "update", lambda _, step: pytest.fail(f"step {step} is averaged"))
+    run_here(pipeline, latents, tmp_path, max_skipped=9, steps=5)
+
+
+def test_what_was_trained_is_kept_where_validation_is_not_finite(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda cache, _: cache.split == "validation")
+    with pytest.raises(UserError, match="the validation loss is not finite, of the averaged"):
+        run_here(pipeline, latents, tmp_path)
+    assert list(tmp_path.glob("runs/*/step-00000006/state.json"))
 
 
 def test_a_training_without_finite_gradients_stops(

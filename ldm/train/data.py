@@ -9,7 +9,7 @@ one integer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,9 +17,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.cache import LatentCache
+from ldm.termination import ignore
 from ldm.train.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.train.order import Order, by_shape
 
@@ -104,6 +105,32 @@ class TrainingBatches(Dataset[Batch]):
         # Of its own: a thread asks the other one meanwhile, for the next batch.
         order, first = Order(self.cache.shapes, self.seed, len(places)), step * len(places)
         return [self.cache.key(order.sample(first + int(at))) for at in by_process.flat]
+
+
+def made_ahead(
+    batches: TrainingBatches, numbers: range, workers: int, *, pinned: bool
+) -> Generator[Batch]:
+    """The micro-batches of these numbers, made ahead by so many processes, or else by a thread.
+
+    These end when this is closed. ``pinned``: in memory that a GPU copies from.
+    """
+    loader = DataLoader(
+        batches,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=ignore,
+    )
+    coming = iter(loader)
+    if not workers:
+        yield from one_ahead(coming)
+        return
+    try:
+        yield from coming
+    finally:
+        # Python ends them by SIGTERM, which they leave to us, and would wait for them for ever.
+        coming._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def one_ahead(batches: Iterator[Item]) -> Iterator[Item]:

@@ -90,7 +90,10 @@ def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
     """
     found = []
     for file in runs.glob(f"*/{RUN}"):
-        known = json.loads(file.read_text())
+        try:
+            known = json.loads(file.read_text())
+        except ValueError:
+            continue  # A damaged one is nothing to go on from.
         steps = [int(one.name.removeprefix("step-")) for one in checkpoint.folders(file.parent)]
         same_latents = known["inputs"]["latents"] == identity["inputs"]["latents"]
         if not same_latents or not steps or known == identity:

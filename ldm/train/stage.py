@@ -87,7 +87,7 @@ def train(
     start = digest_weights(unet)
     inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
     settings = settings_of_result(config)
-    deciding = code.digests(*DECIDING, "nn")
+    deciding = [pretrained.network, *code.digests(*DECIDING, "nn")]
     identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
     if resume is not None:
         identity = continued(identity, resume, changed=changed)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from ldm.cache import LatentCache
 from ldm.config import Train
@@ -21,10 +20,10 @@ from ldm.learning_rate import rate_factor
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
-from ldm.termination import Termination, ignore
+from ldm.termination import Termination
 from ldm.tracking.live import Live
 from ldm.train import fsdp
-from ldm.train.data import Batch, TrainingBatches, one_ahead
+from ldm.train.data import Batch, TrainingBatches, made_ahead
 from ldm.train.draws import DROPOUT, counter_based
 from ldm.train.ema import Ema
 from ldm.train.objective import Objective
@@ -99,10 +98,13 @@ class Trainer:
         tell = self.live.write if self.live else None
         log = RunLog(self.folder / LOG, first, writes=main, tell=tell)
         skipped = SkippedSteps(self.accelerator, log, first, config.max_skipped)
-        micro_batches = self.micro_batches(first)
         size, unit = config.batch_size, "samples"
         bar = progress((), "train", config.steps * size, unit, done=first * size, shown=main)
-        with bar, Saver(self.folder, config.keep_checkpoints) as saver:
+        with (
+            bar,
+            Saver(self.folder, config.keep_checkpoints) as saver,
+            closing(self.micro_batches(first)) as micro_batches,
+        ):
             stopping = own and self._go_on_after(first, log, saver, termination)
             for step in range(first, config.steps):
                 if stopping:
@@ -131,8 +133,15 @@ class Trainer:
             validated = self._validate(termination)
             if validated is None:
                 return True
-            log.write({"step": step, **validated})
             val_loss = validated["val_loss"]
+            if not math.isfinite(val_loss):
+                self._save(saver, step, None, log, last=True)
+                raise UserError(
+                    f"{self.folder}: the validation loss is not finite, of the averaged weights or "
+                    "of a validation sample; train again with a lower train.learning_rate, or in "
+                    "float32 (train.mixed_precision: no), or look at the latents"
+                )
+            log.write({"step": step, **validated})
         if val_loss is not None or step % self.config.checkpoint_every == 0:
             self._save(saver, step, val_loss, log, last=step == self.config.steps)
         if self._draws_at(step):
@@ -195,7 +204,8 @@ class Trainer:
         asked = termination.signal is not None
         each_loss = torch.stack(losses)
         loss, norm, stopping = self._figures(each_loss, gradient, asked)
-        finite = math.isfinite(norm)
+        # A scaler is told of each gradient, and of nothing else.
+        finite = math.isfinite(norm) and (accelerator.scaler is not None or math.isfinite(loss))
         # A scaler finds its scale by overflowing, and skips such steps itself.
         if finite or accelerator.scaler is not None:
             self.optimizer.step()
@@ -228,18 +238,13 @@ class Trainer:
         torch.manual_seed(int(rng.integers(2**63)))
 
     def _validate(self, termination: Termination) -> dict[str, Any] | None:
-        """The averaged weights' loss, None if a signal came meanwhile; UserError if not finite."""
+        """The averaged weights' loss, None if a signal came meanwhile."""
         with self._averaged():
             found = validation_loss(
                 *(self.accelerator, self.objective, self.denoiser, self.held_out),
                 seed=self.config.seed,
                 batch_size=self.batches.batch_size,
                 termination=termination,
-            )
-        if found is not None and not math.isfinite(found["val_loss"]):
-            raise UserError(
-                f"{self.folder}: the averaged weights' validation loss is not finite; train again "
-                "with a lower train.learning_rate, or in float32 (train.mixed_precision: no)"
             )
         return found
 
@@ -267,22 +272,12 @@ class Trainer:
         if self.live:
             self.live.picture(sheet)
 
-    def micro_batches(self, first: int) -> Iterator[Batch]:
-        """From optimizer step ``first`` on. Not prepared: each process reads only its share.
-
-        They are made ahead of their step: by ``workers`` processes, or else by a thread.
-        """
-        config = self.config
-        numbers = range(first * config.accumulation, config.steps * config.accumulation)
-        loader = DataLoader(
-            self.batches,
-            sampler=numbers,
-            batch_size=None,
-            num_workers=config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=ignore,
-        )
-        return iter(loader) if config.workers else one_ahead(iter(loader))
+    def micro_batches(self, first: int) -> Generator[Batch]:
+        """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
+        per_step = self.config.accumulation
+        numbers = range(first * per_step, self.config.steps * per_step)
+        pinned = self.accelerator.device.type == "cuda"
+        return made_ahead(self.batches, numbers, self.config.workers, pinned=pinned)
 
     def _save(
         self, saver: Saver, step: int, val_loss: float | None, log: RunLog, *, last: bool
