@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import ldm.checkpoint
+import ldm.saver
 from ldm.checkpoint import STATE, Checkpoint, damage_of, folders, newest, save
 from ldm.errors import UserError
 from ldm.optimizer_state import optimizer_tensors, restore_optimizer
@@ -114,6 +115,15 @@ def test_a_fault_at_any_call_leaves_a_whole_newest(tmp_path: Path, error: BaseEx
     raise AssertionError("never went through")
 
 
+def test_all_is_on_disk_before_it_has_its_name_and_the_name_is_too(tmp_path: Path) -> None:
+    with failing(1000, Killed()) as made:
+        save(tmp_path, at(10), keep=1)
+    named = made.index("rename")
+    # Three files of tensors, state.json, and the folder; then the run's.
+    assert made[:named].count("fsync") == 5
+    assert made[named:].count("fsync") == 1
+
+
 def test_a_fault_while_a_step_is_saved_again_loses_nothing(tmp_path: Path) -> None:
     for number in range(100):
         run = tmp_path / str(number)
@@ -174,10 +184,10 @@ def test_it_is_saved_as_it_was_while_the_training_goes_on(
     state, go_on = at(10), threading.Event()
 
     def held_up(*arguments: Any) -> Path:
-        go_on.wait()
+        assert go_on.wait(60)  # Who saves in the training's own thread waits for itself.
         return save(*arguments)
 
-    monkeypatch.setattr(ldm.checkpoint, "save", held_up)
+    monkeypatch.setattr(ldm.saver, "save", held_up)
     with Saver(tmp_path, keep=1) as saver:
         saver.save(state)
         state.weights["weight"].zero_()

@@ -280,6 +280,7 @@ def test_a_band_without_a_sample_has_no_loss() -> None:
     losses, timesteps = torch.tensor([1.0, 2, 6, 5]), torch.tensor([0, 249, 250, 999])
     found = by_band(losses, timesteps, 1000)
     assert found == [1.5, 6.0, None, 5.0]
+    assert metrics_of({"step": 6, "skipped": ["00000007"]}) == {"skipped": 1.0}
     line = {"step": 6, "val_loss": 3.5, "val_loss_bands": found}
     assert metrics_of(line) == {
         "val_loss": 3.5, "val_loss_band_0": 1.5, "val_loss_band_1": 6.0, "val_loss_band_3": 5.0
