@@ -22,6 +22,7 @@ from ldm.config.section import as_text, flat
 from ldm.device import device_of
 from ldm.errors import UserError
 from ldm.evaluation_prompts import GROUPS, Prompt, lines_of
+from ldm.image_shards import ImageReader
 from ldm.images import decode_image, psnr, to_pixels
 from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
 from ldm.memory import keep_memory
@@ -201,8 +202,7 @@ def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Recon
 
     They are the first by name, a hash, so that each aspect bucket has its share of them.
     """
-    extension = images.config["image_format"]
-    pictures = ShardReader(images.path, "validation", frozenset({extension, "json"}))
+    pictures = ImageReader(images, "validation")
     cached = ShardReader(latents, "validation", SAMPLE_MEMBERS)
     device = device_of()
     keep_memory(device)
@@ -210,14 +210,13 @@ def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Recon
     keys = sorted(pictures)[:MEASURED]
     found = []
     for key in progress(keys, "report", len(keys), "pictures"):
-        original = decode_image(pictures.read(key, extension))
+        original = decode_image(pictures.picture(key))
         moments = from_npy(cached.read(key, MOMENTS)).astype(np.float32)
         mean = torch.from_numpy(np.split(moments, 2)[0])[None]
         decoded = to_pixels(vae.decode(mean.to(device)).sample)
         (quality,) = psnr(original[None], decoded)
-        caption = json.loads(pictures.read(key, "json"))["caption"]
         pair = _picture(original), _picture(decoded[0])
-        found.append(Reconstruction(caption, *pair, float(quality)))
+        found.append(Reconstruction(pictures.caption(key), *pair, float(quality)))
     return found
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ldm.config import Gate
+from ldm.evaluation_prompts import GROUPS
 from ldm.registry.gate import MEAN, START, judge
 from ldm.tracking.versions import CHAMPION
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 Values = Mapping[str, float]
 
 SHARES = {
-    "adherence": ("known", "what the starting model was made from"),
-    "adherence_new": ("new", "what only the new pairs show"),
-    "adherence_heldout": ("held out", "combinations that no pair shows"),
+    GROUPS["known"]: ("known", "what the starting model was made from"),
+    GROUPS["new"]: ("new", "what only the new pairs show"),
+    GROUPS["heldout"]: ("held out", "combinations that no pair shows"),
 }
 """Metric of a group of prompts to the group's name, as in a sentence, and meaning."""
 OTHERS = {
