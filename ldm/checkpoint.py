@@ -107,7 +107,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(leftover)
     try:
         if damage_of(target) is None:
-            write_json(target / STATE, {**(_state(target) or {}), "val_loss": checkpoint.val_loss})
+            state = _state(target)
+            assert state is not None  # It has no damage.
+            write_json(target / STATE, state | {"val_loss": checkpoint.val_loss})
             _sync(target)
         else:
             fresh.mkdir(parents=True)
@@ -115,16 +117,14 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
         _sync(run)
-    except UserError:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         remedy = "make room" if is_full(error) else "mend that"
         raise UserError(
             f"{target}: the checkpoint could not be written ({error}); {remedy} and run the same "
             "command again"
         ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     _prune(run, keep, target)
     return target
 

@@ -20,8 +20,6 @@ from ldm.params import load_section
 from ldm.request import EncodeRequest, TrainRequest, leave
 from ldm.termination import taken_over
 
-PATIENCE_S = 1800
-"""How long processes that were asked to stop, or whose peer is gone, may take to do so."""
 AUTO = "auto"
 ONE_PROCESS = {"cuda": "infra/accelerate/gpu.yaml", "cpu": "infra/accelerate/cpu.yaml"}
 """What ``auto`` is, by the device that there is."""
@@ -51,6 +49,8 @@ def launch_training(
         changed=changed,
         registry=params.registry if train.track else None,
     )
+    # How long torchrun lets processes stop: by default 30 s, less than a large checkpoint takes.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(train.patience_s))
     try:
         _launch("train", train.accelerate, request)
     except SystemExit:
@@ -126,8 +126,6 @@ def _launch(stage: str, named: str, request: Section) -> None:
     """
     file, settings = configuration_of(stage, named)
     leave(request)
-    # By default 30 s, which a large checkpoint takes longer to write than.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_S))
     os.environ[CPU_ASKED] = str(settings.use_cpu)  # accelerate says it to a lone process only.
     # Left to itself, accelerate gives a lone CPU process one thread.
     threads = max(1, len(os.sched_getaffinity(0)) // settings.processes_here)

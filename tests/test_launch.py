@@ -144,3 +144,16 @@ def test_processes_are_told_to_use_the_cpu(
     params = Params(train=Train(track=False, accelerate=str(OWN / f"{name}.yaml")))
     launch_training(params, tmp_path, tmp_path, tmp_path)
     assert found == ["True"]
+
+
+def test_a_stop_may_take_as_long_as_a_training_is_patient(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By itself torchrun kills after 30 s, in the middle of a large checkpoint."""
+    variable, found = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", []
+    monkeypatch.setenv(variable, "")  # To be put back.
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(ldm.launch, "_launched", lambda *_: found.append(os.environ[variable]))
+    params = Params.model_validate({"train": {"patience_s": 77, "track": False}})
+    launch_training(params, tmp_path, tmp_path / "model", tmp_path / "runs")
+    assert found == ["77"]

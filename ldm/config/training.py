@@ -144,8 +144,8 @@ class Train(Section):
     """Configuration for ``accelerate launch``: a file, or ``auto``, which is
     ``infra/accelerate/gpu.yaml`` (one GPU) where there is a GPU, else ``cpu.yaml`` beside it."""
     patience_s: Count = 1800
-    """How long processes wait for one that stands still; then the training ends, and the same
-    command goes on from its newest checkpoint."""
+    """How long processes wait for one that stands still, and a stop for one that still writes its
+    checkpoint; then the training ends, and the same command goes on from its newest checkpoint."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
