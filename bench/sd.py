@@ -40,6 +40,7 @@ from ldm.device import plain_attention
 from ldm.noise_schedule import fresh_schedule
 from ldm.run_log import LOG, RunLog, entries
 from ldm.termination import Termination
+from ldm.train.compilation import compile_steps
 from ldm.train.data import Batch
 from ldm.train.objective import Objective
 from ldm.train.settings import accelerator_for, settled_training
@@ -69,7 +70,7 @@ def comparisons(size: Size, folder: Path) -> None:
     """
     torch.compiler.reset()
     unet = stable_diffusion()
-    unet.compile(dynamic=False)
+    compile_steps(unet, DEVICE, 1)
     # More than the loader makes ahead.
     steps = 1 if SMALL else 24
     pictures, title = steps * size.full, f"{size.pixels} pixels, batch {size.full}, compiled"

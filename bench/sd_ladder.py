@@ -10,11 +10,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,6 +33,8 @@ from bench.sd_model import (
 )
 from ldm.device import plain_attention
 from ldm.quiet import quieten
+from ldm.train.compilation import CHANNELS_LAST
+from ldm.train.data import Batch
 from ldm.unet import Network, denoise
 
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100-SXM": 312e12}
@@ -46,7 +48,7 @@ class Rung:
     """Settings of a step; what is not said is what PyTorch does by itself."""
 
     name: str
-    full: bool = True
+    batch: Literal["plain", "full", "large"] = "full"
     bfloat16: bool = True
     attention: Sequence[SDPBackend] = ()
     channels_last: bool = False
@@ -56,19 +58,18 @@ class Rung:
     """With these options of the compiler."""
 
 
-LAYOUT = {"force_layout_optimization": True}
-"""Convolutions in channels-last order, which inductor by itself leaves out of such a network."""
 RUNGS = {
-    "formula": Rung("float32, attention by its formula", False, False, FORMULA),
-    "fused": Rung("+ fused attention (SDPA)", False, False),
-    "bfloat16": Rung("+ bfloat16 (autocast)", False),
+    "formula": Rung("float32, attention by its formula", "plain", False, FORMULA),
+    "fused": Rung("+ fused attention (SDPA)", "plain", False),
+    "bfloat16": Rung("+ bfloat16 (autocast)", "plain"),
     "full": Rung("+ full batch"),
     "channels-last": Rung("tried: channels last", channels_last=True),
-    "search": Rung("tried: cuDNN's fastest convolutions", search=True),
     "flash": Rung("tried: flash attention first", attention=FLASH_FIRST),
     "compile": Rung("+ torch.compile", compiled={}),
-    "layout": Rung("tried: + channels last in it", compiled=LAYOUT),
-    "layout-search": Rung("tried: + cuDNN's fastest", search=True, compiled=LAYOUT),
+    "layout": Rung("+ channels last in it", compiled=CHANNELS_LAST),
+    "weights": Rung("tried: channels-last weights instead", channels_last=True, compiled={}),
+    "search": Rung("tried: + cuDNN's fastest", search=True, compiled=CHANNELS_LAST),
+    "large": Rung("+ large batch", "large", compiled=CHANNELS_LAST),
 }
 
 
@@ -86,19 +87,29 @@ def ladder(size: Size, rungs: Sequence[str] = tuple(RUNGS)) -> None:
 @plain_attention(DEVICE)
 def climb(rung: Rung, size: Size) -> None:
     """Print the row of one, in a process of its own."""
-    unet, pictures = stable_diffusion(), size.full if rung.full else size.plain
+    unet, pictures = stable_diffusion(), getattr(size, rung.batch)
     flops, peak = operations(unet, size), peak_of_card()
+    try:
+        with stepping(rung, unet, random_batch(size, pictures)) as step:
+            speed, memory = measured(step, pictures)
+    except torch.OutOfMemoryError:
+        print(f"{rung.name:>36} {pictures:6d} {'does not fit':>11}", flush=True)
+        return
+    share = f"{speed * flops / peak:6.1%}" if peak else f"{'-':>6}"
+    print(f"{rung.name:>36} {pictures:6d} {speed:11.2f} {share} {memory:6.1f}GB", flush=True)
+
+
+@contextmanager
+def stepping(rung: Rung, unet: Network, batch: Batch) -> Iterator[Callable[[], None]]:
+    """A bare step by these settings."""
     torch.backends.cudnn.benchmark = rung.search
     if rung.channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if rung.compiled is not None:
         unet.compile(dynamic=False, options=dict(rung.compiled))
-    batch = random_batch(size, pictures)
     step = bare(unet, lambda: batch, in_bfloat16 if rung.bfloat16 else nullcontext)
     with sdpa_kernel(list(rung.attention), set_priority=True) if rung.attention else nullcontext():
-        speed, memory = measured(step, pictures)
-    share = f"{speed * flops / peak:6.1%}" if peak else f"{'-':>6}"
-    print(f"{rung.name:>36} {pictures:6d} {speed:11.2f} {share} {memory:6.1f}GB", flush=True)
+        yield step
 
 
 def operations(unet: Network, size: Size) -> float:

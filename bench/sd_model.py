@@ -20,14 +20,15 @@ DEVICE = device_of()
 
 @dataclass(frozen=True)
 class Size:
-    """Pixels of a picture's side, and pictures of a plain and of a full batch."""
+    """Pixels of a picture's side, and pictures a batch: plain, full and, with 139 GB, large."""
 
     pixels: int
     plain: int
     full: int
+    large: int
 
 
-SIZES = (Size(64, 1, 2),) if SMALL else (Size(512, 4, 32), Size(256, 16, 128))
+SIZES = (Size(64, 1, 2, 3),) if SMALL else (Size(512, 4, 32, 96), Size(256, 16, 128, 384))
 
 
 def stable_diffusion() -> Network:

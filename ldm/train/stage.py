@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from ldm import checkpoint, code
@@ -34,6 +33,7 @@ from ldm.termination import Termination, taken_over
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 from ldm.train import fsdp
+from ldm.train.compilation import compile_steps
 from ldm.train.objective import Objective
 from ldm.train.order import by_shape
 from ldm.train.runs import RUN, Identity, continued, describe, folder_of, unfinished
@@ -154,9 +154,7 @@ def _to_train(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
-        # Of more it would run some uncompiled.
-        torch._dynamo.config.recompile_limit = max(8, shapes + 1)
-        unet.compile(dynamic=False)  # In place: weights keep their names.
+        compile_steps(unet, device_of(), shapes)
     return denoiser, adapters
 
 
