@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
     )
     command(
-        "first-stage", "train VAE and CLIP from nothing",
+        "first-stage", "train a VAE, and CLIP, for a domain of one's own",
         images=IMAGES, out=FIRST_STAGE, runs=RUNS,
     )  # fmt: skip
     command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class RunLog:
         """What it held before, up to that step."""
         if writes:
             write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in self.kept).encode())
+
+    def skipped_up_to(self, step: int) -> int:
+        """How many steps in a row, this one the last, were skipped before."""
+        known = {entry["step"] for entry in self.kept if "skipped" in entry}
+        return next(number for number in count() if step - number not in known)
 
     def write(self, entry: Entry) -> None:
         """Append a line; only the main process writes."""

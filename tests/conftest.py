@@ -103,3 +103,16 @@ def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, pipeline: Pa
 def scenes(split: str, count: int) -> np.ndarray:
     """The first ``count`` scenes of a split: uint8 (count, 64, 64, 3)."""
     return np.stack([draw(scene_of("retrain", split, row)[1]) for row in range(count)])
+
+
+class Pixels:
+    """Pictures by their numbers, as the first stage reads them."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def pictures(self, numbers: np.ndarray) -> np.ndarray:
+        return self.pixels[numbers]

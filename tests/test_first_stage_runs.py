@@ -15,22 +15,24 @@ from subprocess import PIPE, Popen
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import ldm.first_stage.loop
 from ldm.artifacts import making, opening
-from ldm.checkpoint import newest
+from ldm.checkpoint import folders, newest
 from ldm.config import ClipTraining, FirstStage, LayoutTraining, VaeTraining
 from ldm.errors import UserError
 from ldm.first_stage.clip import train_clip
 from ldm.first_stage.layout import train_layout
 from ldm.first_stage.loop import Run
 from ldm.first_stage.stage import first_stage
-from ldm.first_stage.vae import train_vae
-from ldm.images import decode_image
+from ldm.first_stage.vae import reconstruct, train_vae
+from ldm.images import decode_image, psnr
 from ldm.learning_rate import rate_factor
+from ldm.run_log import metrics_of
 from ldm.scenes.lists import caption_of
-from tests.conftest import scenes
+from tests.conftest import Pixels, scenes
 from tests.launched import ROOT, wait_for
 
 CPU = torch.device("cpu")
@@ -47,10 +49,8 @@ CAPTIONS = [caption_of("retrain", "train", row) for row in range(COUNT)]
 
 
 def vae(run: Run, pipeline: Path) -> torch.nn.Module:
-    pictures = scenes("train", COUNT)
-    return train_vae(
-        VaeTraining.model_validate(VAE), lambda chosen: pictures[chosen], COUNT, 64, CPU, run
-    )
+    config, training = VaeTraining.model_validate(VAE), Pixels(scenes("train", COUNT))
+    return train_vae(config, training, Pixels(scenes("validation", 6)), CPU, run)
 
 
 def clip(run: Run, pipeline: Path) -> torch.nn.Module:
@@ -130,20 +130,102 @@ def test_what_is_finished_is_not_trained_again(
     )
 
 
-def test_a_gradient_that_is_not_finite_ends_the_training_before_it_does_harm(
-    pipeline: Path, tmp_path: Path
-) -> None:
-    latents = torch.zeros(COUNT, 4, 8, 8)
-    latents[7] = torch.nan
+def layout_on(latents: torch.Tensor, run: Run, pipeline: Path) -> CLIPTextModel:
     config = LayoutTraining.model_validate({**LAYOUT, "batch_size": COUNT // 5})
     tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32)
-    run = Run(tmp_path, checkpoint_every=1, log_every=1)
-    with pytest.raises(UserError, match=r"layout: the gradient of step [1-5] is not finite; lower"):
-        train_layout(config, text_encoder, tokenizer, latents, CAPTIONS, CPU, run)
+    train_layout(config, text_encoder, tokenizer, latents, CAPTIONS, CPU, run)
+    return text_encoder
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Five batches are all captions: one of five steps meets the bad latents."""
+    latents = torch.zeros(COUNT, 4, 8, 8)
+    latents[7] = torch.nan
+    text_encoder = layout_on(latents, Run(tmp_path, checkpoint_every=1, log_every=1), pipeline)
+    log = [json.loads(line) for line in (tmp_path / "layout/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [*range(1, 11)]
+    assert sum("skipped" in line for line in log) == sum("loss" not in line for line in log) == 2
+    assert all(metrics_of(line) for line in log)
     found = newest(tmp_path / "layout")
     assert all(one.isfinite().all() for one in text_encoder.state_dict().values())
-    assert found is None or all(one.isfinite().all() for one in found.weights.values())
+    assert found is not None and all(one.isfinite().all() for one in found.weights.values())
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_a_training(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    latents, run = torch.full((COUNT, 4, 8, 8), torch.nan), Run(tmp_path, 1, 1, max_skipped=3)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(2, patch)
+        with pytest.raises(Killed):
+            layout_on(latents, run, pipeline)
+    with pytest.raises(UserError, match=r"layout: no finite loss or gradient for 4 steps in a row"):
+        layout_on(latents, run, pipeline)
+    assert steps_in(tmp_path / "layout") == [1, 2, 3, 4]
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of the lines of a log."""
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def trained_vae(run: Run, held_out: Pixels | None = None, **settings: object) -> AutoencoderKL:
+    config = VaeTraining.model_validate({**VAE, **settings})
+    measured = held_out or Pixels(scenes("validation", 66))
+    return train_vae(config, Pixels(scenes("train", COUNT)), measured, CPU, run)
+
+
+def test_held_out_pictures_are_measured_on_the_way_and_the_best_checkpoint_stays(
+    tmp_path: Path,
+) -> None:
+    settings = {"learning_rate": 0.003, "adversarial_from": None, "steps": 9}
+    run = Run(tmp_path / "measured", checkpoint_every=4, log_every=20, validate_every=1)
+    # What it learns of scenes makes it worse at noise.
+    pixels = np.random.default_rng(0).integers(0, 256, (66, 64, 64, 3), dtype=np.uint8)
+    vae = trained_vae(run, Pixels(pixels), **settings)
+    log = (run.folder / "vae/log.jsonl").read_text().splitlines()
+    losses = {line["step"]: line["val_loss"] for line in map(json.loads, log) if "val_loss" in line}
+    assert list(losses) == [*range(1, 10)]
+    best = min(losses, key=losses.__getitem__)
+    assert best < 8, "so that the newest two are others"
+    kept = [int(folder.name.removeprefix("step-")) for folder in folders(run.folder / "vae")]
+    assert kept == [best, 8, 9]
+    each = psnr(pixels, reconstruct(vae, pixels, CPU))
+    last = json.loads(log[-1])
+    assert last["val_psnr_db"] == round(each.mean(), 2)
+    assert last["val_loss"] == pytest.approx((4 * 10 ** (-each / 10)).mean(), rel=1e-4)
+    unseen = trained_vae(Run(tmp_path / "unseen", checkpoint_every=4, log_every=20), **settings)
+    assert all(torch.equal(unseen.state_dict()[key], one) for key, one in vae.state_dict().items())
+
+
+class Asking(Pixels):
+    """A SIGTERM comes while they are read for the second time."""
+
+    reads = 0
+
+    def pictures(self, numbers: np.ndarray) -> np.ndarray:
+        self.reads += 1
+        if self.reads == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().pictures(numbers)
+
+
+def test_a_stop_breaks_a_measurement_off_and_the_next_start_makes_it(tmp_path: Path) -> None:
+    whole, stopped = (Run(tmp_path / name, 4, 1, 5, 5) for name in ("whole", "stopped"))
+    trained_vae(whole)
+    with pytest.raises(SystemExit, match="143"):
+        # More than two batches: the third is not read.
+        trained_vae(stopped, asking := Asking(scenes("validation", 130)))
+    assert asking.reads == 2 and steps_in(stopped.folder / "vae") == [*range(1, 6)]
+    assert not list(stopped.folder.glob("vae/*.png"))
+    trained_vae(stopped)
+    names = ("log.jsonl", "step-00000010/state.json", "step-00000010/weights.safetensors")
+    for name in (*names, "reconstructions-00000005.png"):
+        files = [run.folder / "vae" / name for run in (whole, stopped)]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def settings(pipeline: Path, steps: int = 10) -> dict[str, object]:
@@ -162,7 +244,9 @@ def test_the_stage_writes_parts_figures_and_a_sheet(
     assert made.counts == {"train": 48} and set(made.inputs) == {"images", "perceptual"}
     assert {"log_every", "checkpoint_every", "sheet_every", "track"}.isdisjoint(made.config)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [*range(1, 11)] * 3
+    assert [line["step"] for line in log] == [*range(1, 11), *([10] + [*range(1, 11)] * 2)]
+    measurement = log.pop(10)
+    assert set(measurement) == {"part", "step", "val_loss", "val_psnr_db"}
     assert {line["part"] for line in log} == {"vae", "clip", "layout"}
     every = {"part", "step", "lr", "loss", "gradient_norm"}
     alone = every | {"psnr_db", "kl", "perceptual"}
@@ -180,6 +264,7 @@ def test_the_stage_writes_parts_figures_and_a_sheet(
     assert not np.array_equal(shown[0], shown[1])
     measured = json.loads((out / "measured.json").read_text())
     assert set(measured) == {"vae_psnr_db", "clip_retrieval", "clip_order", "text_order"}
+    assert measured["vae_psnr_db"] == measurement["val_psnr_db"]
     other = {"checkpoint_every": 7, "sheet_every": None}
     first_stage(config.model_copy(update=other), images, out, runs)
     assert opening(out, "first-stage", "first-stage").files == made.files

@@ -28,7 +28,7 @@ from ldm.first_stage.perceptual import feature_distance, load_tower
 from ldm.first_stage.vae import build_vae, train_vae
 from ldm.first_stage.vae_loss import VaeLoss
 from ldm.images import to_model
-from tests.conftest import scenes
+from tests.conftest import Pixels, scenes
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -58,7 +58,7 @@ def trained(
 ) -> torch.nn.Module:
     config = VaeTraining.model_validate({**SMALL, **settings})
     run = Run(folder, checkpoint_every=4, log_every=1)
-    return train_vae(config, lambda chosen: pixels[chosen], len(pixels), 64, CPU, run, tower)
+    return train_vae(config, Pixels(pixels), Pixels(pixels[:2]), CPU, run, tower=tower)
 
 
 @given(LOGITS, LOGITS)
@@ -221,6 +221,38 @@ def test_the_absolute_error_is_an_option(images: torch.Tensor) -> None:
     torch.testing.assert_close(losses["l1"][0], (decoded - images).abs().mean())
     torch.testing.assert_close(losses["mse"][0], (decoded - images).square().mean())
     assert torch.equal(losses["l1"][1]["psnr_db"], losses["mse"][1]["psnr_db"])
+
+
+def test_a_weight_is_how_much_its_part_counts(images: torch.Tensor, tower: CLIPVisionModel) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(VaeTraining.model_validate(SMALL), 64)
+
+    def loss(**weights: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config = VaeTraining.model_validate({**SMALL, "kl_weight": 0, **weights})
+        torch.manual_seed(1)
+        return next(VaeLoss(config, vae, tower).of(images, 0))
+
+    lightest, figures = loss(perceptual_weight=1e-9)
+    for weight, part in (("kl_weight", "kl"), ("perceptual_weight", "perceptual")):
+        heavier, _ = loss(**{"perceptual_weight": 1e-9, weight: 0.25})
+        torch.testing.assert_close(heavier - lightest, 0.25 * figures[part])
+
+
+def test_the_discriminator_has_a_rate_of_its_own(tmp_path: Path, pixels: np.ndarray) -> None:
+    """Adam's first step is as long as its rate."""
+    moved = []
+    for rate in (1e-5, 1e-3):
+        settings = {"adversarial_from": 0, "discriminator_learning_rate": rate, "warmup_steps": 1}
+        trained(tmp_path / str(rate), pixels, steps=1, **settings)
+        torch.manual_seed(VaeTraining().seed)
+        build_vae(VaeTraining.model_validate(SMALL), 64)
+        before = PatchDiscriminator((8, 16)).state_dict()
+        (file,) = tmp_path.glob(f"{rate}/vae/step-00000001/weights.safetensors")
+        after = load_file(file)
+        moved.append(
+            max((after[f"discriminator.{key}"] - before[key]).abs().max() for key in before)
+        )
+    assert moved == pytest.approx([1e-5, 1e-3], rel=0.05)
 
 
 def test_an_adversary_that_never_plays_is_refused() -> None:

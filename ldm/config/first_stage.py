@@ -26,6 +26,13 @@ class PartTraining(Section):
 class VaeTraining(PartTraining):
     """The autoencoder of ``ldm first-stage``."""
 
+    init: str = "random"
+    """Where it starts: ``random``, of the shape that the next five settings give; or the VAE of a
+    pipeline: ``tiny``, a folder, a hub id (``NAME@REVISION``), ``models:/ldm@champion``. That has a
+    shape of its own, and keeps its scaling factor."""
+    trains: Literal["all", "decoder"] = "all"
+    """``decoder``, of a VAE that is there already: latents stay as they are, and with them all that
+    was trained on them."""
     widths: tuple[Count, ...] = (16, 32, 64, 96)
     layers_per_block: Count = 1
     latent_channels: Count = 4
@@ -51,6 +58,14 @@ class VaeTraining(PartTraining):
     discriminator_widths: Annotated[tuple[Count, ...], Field(min_length=2)] = (64, 128, 256)
     """It judges patches of 34 pixels; with a fourth width of 70."""
     discriminator_learning_rate: Rate = 2e-4
+
+    @model_validator(mode="after")
+    def _has_latents(self) -> Self:
+        if self.trains == "decoder" and self.init == "random":
+            raise ValueError(
+                "trains decoder wants an encoder that is there already: name a pipeline in init"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adversary_plays(self) -> Self:
@@ -93,14 +108,23 @@ class LayoutTraining(PartTraining):
 
 
 class FirstStage(Section):
-    """VAE and CLIP from random weights, for a domain that the pretrained ones do not fit."""
+    """VAE and CLIP for a domain that the pretrained ones do not fit."""
 
     vae: VaeTraining = VaeTraining()
     clip: ClipTraining = ClipTraining()
     layout: LayoutTraining = LayoutTraining()
+    text_encoder: str | None = None
+    """A pipeline, named as in ``vae.init``, whose tokenizer and text encoder go along as they are,
+    so that only the VAE is trained; null: they are trained, by ``clip`` and ``layout``."""
     log_every: Count = 50
     checkpoint_every: Count = 200
     """Steps, of each part."""
+    validate_every: Count = 1000
+    """Steps of the VAE between measurements on all held-out pictures. The checkpoint with the
+    lowest error stays, beside the newest."""
+    max_skipped: Count = 10
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more
+    ends the training."""
     sheet_every: Count | None = 1000
     """Steps of the VAE between sheets of held-out pictures above their reconstructions,
     ``reconstructions-NNNNNNNN.png`` in ``vae`` of the run's folder; null: none."""

@@ -24,7 +24,7 @@ from ldm.config import LayoutTraining
 from ldm.device import autocast
 from ldm.first_stage.loop import Loop, Losses, Run, Trained
 from ldm.first_stage.rearranged import told_apart
-from ldm.first_stage.vae import Batches
+from ldm.first_stage.vae import MOST, Batches, at_once
 from ldm.images import to_model
 from ldm.nn.attention import Attention
 from ldm.progress import progress
@@ -126,9 +126,10 @@ def layout_accuracy(
 def latents_of(vae: AutoencoderKL, pictures: Batches, count: int) -> torch.Tensor:
     """Posterior means of pictures 0 to ``count``, of about unit variance: float32 (n, c, h, w)."""
     found = []
-    for start in progress(range(0, count, 64), "layout latents", -(-count // 64), "batches"):
-        pixels = pictures(np.arange(start, min(start + 64, count)))
-        found.append(encode(vae, to_model(pixels)).float().cpu())
+    starts = range(0, count, MOST)
+    for start in progress(starts, "layout latents", len(starts), "batches"):
+        pixels = pictures(np.arange(start, min(start + MOST, count)))
+        found += [encode(vae, to_model(batch)).float().cpu() for batch in at_once(pixels)]
     return torch.cat(found)
 
 

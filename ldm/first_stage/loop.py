@@ -40,14 +40,28 @@ Losses = Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 class Run:
     """Where checkpoints, logs and sheets lie, a folder a part, and how often each, in steps.
 
-    ``live`` is told of logs and sheets.
+    ``live`` is told of logs and sheets. More than ``max_skipped`` steps in a row without a finite
+    loss and gradient end a training.
     """
 
     folder: Path
     checkpoint_every: int
     log_every: int
+    validate_every: int | None = None
     sheet_every: int | None = None
+    max_skipped: int = 10
     live: Live | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is looked at on the way: a ``sheet``, uint8 (h, w, 3), and an error.
+
+    ``error`` returns a validation loss and figures for the log, or None if it was asked to stop.
+    """
+
+    sheet: Callable[[], np.ndarray]
+    error: Callable[[Termination], tuple[float, Mapping[str, float]] | None]
 
 
 class Trained(NamedTuple):
@@ -73,86 +87,162 @@ class Loop:
         self.rng = np.random.default_rng(config.seed)
         self.first = self._resume()
 
-    def train(
-        self, losses: Callable[[int], Losses], sheet: Callable[[], np.ndarray] | None = None
-    ) -> None:
+    def train(self, losses: Callable[[int], Losses], held_out: HeldOut | None = None) -> None:
         """Take the steps that are left; ``losses(step)`` says what each minimises.
 
-        ``sheet`` makes a picture now and then, uint8 (h, w, 3).
-
         What follows a ``yield`` finds the module changed; one whose loss is not yielded stays as it
-        is. Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step,
-        and UserError where a gradient is not finite.
+        is, and so does one whose loss or gradient is not finite.
+
+        Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step, and
+        UserError after too many steps in a row that were not finite.
         """
         steps, termination = self.config.steps, Termination()
         tell = self.run.live.write if self.run.live else None
         log = RunLog(self.folder / LOG, self.first, writes=True, tell=tell)
+        skipped = log.skipped_up_to(self.first)
         numbers = range(self.first, steps)
         bar = progress(numbers, self.part, steps, "steps", done=self.first)
         optimizers = [one.optimizer for one in self.trained.values()]
         peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
         with taken_over(termination.ask), Saver(self.folder, KEPT) as saver:
+            stopping = self._go_on_after(held_out, log, saver, termination)
             for step in bar:
+                if stopping:
+                    break
                 factor = rate_factor(step, total=steps, warmup=self.config.warmup_steps)
                 for group, peak in peaks:
                     group["lr"] = peak * factor
-                figures = self._step(step, losses)
-                done, stopping = step + 1, termination.signal is not None
-                if done == steps or done % self.run.log_every == 0:
-                    rounded = {name: round(value.item(), 6) for name, value in figures.items()}
-                    rate = self.config.learning_rate * factor
-                    log.write({"part": self.part, "step": done, "lr": rate, **rounded})
-                    norm = rounded["gradient_norm"]
-                    shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
-                    shown += [f"lr {rate:.1e}", f"gradient {norm:.2f}"]
-                    bar.set_postfix_str(", ".join(shown), refresh=False)
-                last = done == steps or stopping
-                if last or done % self.run.checkpoint_every == 0:
-                    saver.save(self._checkpoint(done), last=last)
-                if sheet and done % (self.run.sheet_every or done + 1) == 0:
-                    self._show(sheet(), done)
-                if stopping:
-                    break
+                figures, left = self._step(step, losses)
+                done = step + 1
+                if left:
+                    log.write({"part": self.part, "step": done, "skipped": len(left)})
+                    skipped += 1
+                    self._expect_fewer(skipped)
+                else:
+                    skipped = 0
+                    if done == steps or done % self.run.log_every == 0:
+                        rate = self.config.learning_rate * factor
+                        bar.set_postfix_str(self._write(log, done, rate, figures), refresh=False)
+                stopping = self._conclude(done, held_out, log, saver, termination)
         if termination.signal is not None:
             raise SystemExit(termination.exit_code)
 
+    def _write(
+        self, log: RunLog, step: int, rate: float, figures: Mapping[str, torch.Tensor]
+    ) -> str:
+        """Log the figures of a step; some of them for the bar."""
+        rounded = {name: round(value.item(), 6) for name, value in figures.items()}
+        log.write({"part": self.part, "step": step, "lr": rate, **rounded})
+        shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
+        shown += [f"lr {rate:.1e}", f"gradient {rounded['gradient_norm']:.2f}"]
+        return ", ".join(shown)
+
+    def _conclude(
+        self,
+        step: int,
+        held_out: HeldOut | None,
+        log: RunLog,
+        saver: Saver,
+        termination: Termination,
+    ) -> bool:
+        """What is due after a step: validation, checkpoint, sheet; True if it was asked to stop.
+
+        Then validation and sheet are left to the next start: they draw from no generator.
+        """
+        val_loss = None
+        if held_out and self._validates_at(step):
+            val_loss = self._validate(step, held_out, log, termination)
+        stopping = termination.signal is not None
+        last = step == self.config.steps or stopping
+        if last or val_loss is not None or step % self.run.checkpoint_every == 0:
+            log.sync()
+            saver.save(self._checkpoint(step, val_loss), last=last)
+        if held_out and self._shows_at(step) and not stopping:
+            self._show(held_out.sheet(), step)
+        return stopping
+
+    def _go_on_after(
+        self, held_out: HeldOut | None, log: RunLog, saver: Saver, termination: Termination
+    ) -> bool:
+        """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
+        if held_out is None or not self.first:
+            return False
+        validated = any(one["step"] == self.first and "val_loss" in one for one in log.kept)
+        shown = not self._shows_at(self.first) or self._sheet(self.first).is_file()
+        if (self._validates_at(self.first) and not validated) or not shown:
+            return self._conclude(self.first, held_out, log, saver, termination)
+        return False
+
+    def _validates_at(self, step: int) -> bool:
+        every = self.run.validate_every
+        return every is not None and (step == self.config.steps or step % every == 0)
+
+    def _shows_at(self, step: int) -> bool:
+        return step % (self.run.sheet_every or step + 1) == 0
+
+    def _validate(
+        self, step: int, held_out: HeldOut, log: RunLog, termination: Termination
+    ) -> float | None:
+        """The held-out error of a step, from the log if it is there; None if a signal came."""
+        for one in log.kept:
+            if one["step"] == step and "val_loss" in one:
+                return float(one["val_loss"])
+        found = held_out.error(termination) if termination.signal is None else None
+        if found is None:
+            return None
+        val_loss, figures = found
+        log.write({"part": self.part, "step": step, "val_loss": val_loss, **figures})
+        return val_loss
+
+    def _sheet(self, step: int) -> Path:
+        return self.folder / f"{SHEETS}-{step:08d}.png"
+
     def _show(self, sheet: np.ndarray, step: int) -> None:
-        path = self.folder / f"{SHEETS}-{step:08d}.png"
+        path = self._sheet(step)
         write_whole(path, encode_png(sheet))
         if self.run.live:
             self.run.live.picture(path, SHEETS)
 
-    def _step(self, step: int, losses: Callable[[int], Losses]) -> dict[str, torch.Tensor]:
-        """Change the modules in turn; the figures of all, with gradient norms before clipping.
+    def _step(
+        self, step: int, losses: Callable[[int], Losses]
+    ) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Change the modules in turn; the figures of all, and the modules left as they were.
 
-        The part's own is ``gradient_norm``; another module's has the module's name before it.
+        Figures have gradient norms before clipping. The part's own is ``gradient_norm``; another
+        module's has the module's name before it.
         """
         figures: dict[str, torch.Tensor] = {}
+        left = []
         modules = self.trained.items()
         for (name, one), (loss, seen) in zip(modules, losses(step), strict=False):
             # Before, not behind: another module's loss may have left gradients here.
             one.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(one.module.parameters(), 1.0)
-            if not norm.isfinite():
-                raise UserError(
-                    f"{self.part}: the gradient of step {step + 1} is not finite; lower "
-                    f"first_stage.{self.part}.learning_rate, or compute in float32; "
-                    f"{self.folder} keeps the last checkpoint"
-                )
-            one.optimizer.step()
+            if norm.isfinite() & loss.isfinite():
+                one.optimizer.step()
+            else:
+                left.append(name)
             mark = "" if name == self.part else f"{name}_"
             figures |= {**seen, f"{mark}gradient_norm": norm}
-        return figures
+        return figures, left
 
-    def _checkpoint(self, step: int) -> Checkpoint:
+    def _expect_fewer(self, skipped: int) -> None:
+        if skipped > self.run.max_skipped:
+            raise UserError(
+                f"{self.part}: no finite loss or gradient for {skipped} steps in a row; lower "
+                f"first_stage.{self.part}.learning_rate, or compute in float32; {self.folder} "
+                "keeps the last checkpoint"
+            )
+
+    def _checkpoint(self, step: int, val_loss: float | None) -> Checkpoint:
         optimizer = {
             f"{name}.{key}": tensor
             for name, one in self.trained.items()
             for key, tensor in optimizer_tensors(one.optimizer).items()
         }
         weights, random = self.modules.state_dict(), random_state(self.rng)
-        return Checkpoint(step, weights, {}, optimizer, random=random)
+        return Checkpoint(step, weights, {}, optimizer, val_loss, random)
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; the number of steps done."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import count
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +20,7 @@ class SkippedSteps:
 
     def __init__(self, accelerator: Accelerator, log: RunLog, first: int, most: int) -> None:
         self.accelerator, self.log, self.most = accelerator, log, most
-        known = {entry["step"] for entry in log.kept if "skipped" in entry}
-        self.in_a_row = next(number for number in count() if first - number not in known)
+        self.in_a_row = log.skipped_up_to(first)
 
     def taken(self) -> None:
         """A step was taken."""

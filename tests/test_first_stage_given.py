@@ -1,0 +1,88 @@
+"""``ldm first-stage`` from what is there already: a VAE to go on with, a text encoder to keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ldm.artifacts import opening
+from ldm.config import Encode, FirstStage, Pretrained, Train, VaeTraining
+from ldm.encode.stage import encode
+from ldm.errors import UserError
+from ldm.first_stage.loop import Run
+from ldm.first_stage.stage import first_stage
+from ldm.first_stage.vae import train_vae
+from ldm.models import Source, digests, load_encoders, load_vae
+from ldm.train.stage import train
+from tests.conftest import Pixels, scenes
+
+CPU = torch.device("cpu")
+SHORT = {"steps": 3, "warmup_steps": 1, "batch_size": 4, "compute": "float32"}
+
+
+def from_the(pipeline: Path, run: Run, **settings: object) -> AutoencoderKL:
+    config = VaeTraining.model_validate({**SHORT, "init": str(pipeline), **settings})
+    pixels = Pixels(scenes("train", 8))
+    return train_vae(config, pixels, pixels, CPU, run, start=load_vae(Source(str(pipeline))))
+
+
+def moved(vae: AutoencoderKL, pipeline: Path) -> dict[str, float]:
+    """How far its tensors are from where they started, by name."""
+    start = load_vae(Source(str(pipeline))).state_dict()
+    return {name: float((one - start[name]).abs().max()) for name, one in vae.state_dict().items()}
+
+
+def test_a_vae_is_trained_on_from_where_it_stands(pipeline: Path, tmp_path: Path) -> None:
+    """Adam's first step is as long as its rate, whatever the shape that the settings would give."""
+    vae = from_the(pipeline, Run(tmp_path, 1, 1), steps=1, learning_rate=1e-5, widths=(64, 64))
+    assert 0 < max(moved(vae, pipeline).values()) < 1.1e-5
+    scaling = load_vae(Source(str(pipeline))).config.scaling_factor
+    assert vae.config.scaling_factor == scaling
+
+
+def test_latents_stay_where_the_decoder_alone_is_trained(pipeline: Path, tmp_path: Path) -> None:
+    vae = from_the(pipeline, Run(tmp_path, 1, 1), trains="decoder", adversarial_from=1)
+    far = moved(vae, pipeline)
+    of_latents = {name for name in far if name.startswith(("encoder.", "quant_conv."))}
+    assert {far[name] for name in of_latents} == {0}
+    assert all(far[name] for name in far.keys() - of_latents)
+
+
+def test_a_decoder_alone_wants_an_encoder() -> None:
+    with pytest.raises(ValueError, match=r"trains decoder .* name a pipeline in init"):
+        VaeTraining(trains="decoder")
+
+
+def test_sides_that_the_vae_cannot_halve_are_one_line(tmp_path: Path) -> None:
+    pixels = Pixels(scenes("train", 2)[:, :60, :60])
+    config = VaeTraining(widths=(8, 8, 8, 8), norm_groups=4)
+    with pytest.raises(UserError, match=r"multiples of 8, and the pictures' are 60; set ingest\."):
+        train_vae(config, pixels, pixels, CPU, Run(tmp_path, 1, 1))
+
+
+def test_a_vae_of_ones_own_goes_through_encode_and_train(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    """Beside the text encoder and on from the UNet of the pipeline that it comes from."""
+    own, runs = tmp_path / "first-stage", tmp_path / "runs"
+    vae = {**SHORT, "init": str(pipeline)}
+    config = {"vae": vae, "text_encoder": str(pipeline), "log_every": 1, "track": False}
+    first_stage(FirstStage.model_validate(config), images, own, runs)
+    made = opening(own, "first-stage", "first-stage")
+    assert set(made.inputs) == {"images", "start", "text_encoder", "tokenizer"}
+    assert {"clip", "layout"}.isdisjoint(made.config)
+    assert not (own / "clip").exists()
+    assert set(json.loads((own / "measured.json").read_text())) == {"vae_psnr_db"}
+    before, after = (digests(load_encoders(Source(str(one)))) for one in (pipeline, own))
+    assert {part for part in before if before[part] != after[part]} == {"vae"}
+    pretrained, latents = Pretrained(pipeline=str(own)), tmp_path / "latents"
+    encode(Encode(batch_size=16), pretrained, images, latents, runs)
+    settings = {"steps": 2, "batch_size": 4, "validate_every": 2, "workers": 0}
+    config = Train.model_validate({**settings, "init": str(pipeline), "mixed_precision": "no"})
+    train(config, pretrained, latents, tmp_path / "model", runs)
+    model = digests(load_encoders(Source(str(tmp_path / "model"))))
+    assert model == after
