@@ -29,7 +29,7 @@ UNKNOWN_TO_FLOWS = (
 
 
 def fresh_schedule(noise: NoiseSchedule) -> dict[str, Any]:
-    """That of a UNet that starts from random weights."""
+    """That of a UNet that learns it anew."""
     steps = {"num_train_timesteps": noise.train_timesteps, "prediction_type": noise.prediction}
     if noise.prediction == FLOW:
         return {**steps, "flow_shift": 1.0}

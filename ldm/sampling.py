@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,20 +77,26 @@ class Painter:
         *,
         height: int | None = None,
         width: int | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Iterator[np.ndarray]:
         """Yield one uint8 (height, width, 3) picture a request, in order.
 
         A picture depends on its own request and settings alone: noise comes from one CPU generator
         a request, and all batches have one shape, on a CPU whatever ``batch_size`` says. On a GPU
-        another batch size may give other last bits, as much as one level of 255.
+        another batch size may give other last bits, as much as one level of 255. What is called
+        ``between`` the steps may raise, to break off.
 
         Sizes are in pixels, by default the model's own; :class:`UserError` when the autoencoder
         cannot make one.
         """
 
         def run(batch: list[Request]) -> np.ndarray:
-            latents = deque(self.trajectory(batch, sampling, height, width), maxlen=1).pop()
-            return to_pixels(decode(self.vae, latents))
+            def steps() -> Iterator[torch.Tensor]:
+                for latents in self.trajectory(batch, sampling, height, width):
+                    between()
+                    yield latents
+
+            return to_pixels(decode(self.vae, deque(steps(), maxlen=1).pop()))
 
         size, at_a_time = min(sampling.batch_size, len(requests)), 1
         if self.device.type == "cpu":

@@ -27,6 +27,10 @@ def taken_over(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
             signal.signal(number, earlier)
 
 
+class StoppedError(Exception):
+    """What was going on is broken off, because it was asked to stop."""
+
+
 class Termination:
     """Remembers the first signal that asked; the training looks after every step."""
 
@@ -36,6 +40,11 @@ class Termination:
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Handle a signal."""
         self.signal = self.signal or number
+
+    def check(self) -> None:
+        """Raise :class:`StoppedError` if it was asked."""
+        if self.signal is not None:
+            raise StoppedError
 
     @property
     def exit_code(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 
@@ -25,6 +26,7 @@ from ldm.models import Source
 from ldm.nn.layers import ResidualBlock
 from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.params import load_params
+from ldm.pipeline import load_unet
 from ldm.train.data import TrainingBatches
 from ldm.train.objective import Objective
 from tests.launched import launch
@@ -53,6 +55,35 @@ def test_zero_terminal_snr_reaches_training_and_folder(
     assert float(Objective.of(schedules[True], None).levels.signal[-1]) == 0
     assert float(Objective.of(schedules[False], None).levels.signal[-1]) > 0.05
     assert differ(tmp_path / "False" / "model", tmp_path / "True" / "model")
+
+
+def test_a_start_is_taught_another_forward_process(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """Adam's first step is as long as its rate: the weights are still the start's."""
+    noise = {"beta_schedule": "scaled_linear", "zero_terminal_snr": True}
+    settings = {"steps": 1, "warmup_steps": 1, "learning_rate": 1e-6, "ema_decay": 0.0}
+    model = run_here(pipeline, latents, tmp_path / "other", **settings, noise=noise)
+    wanted = fresh_schedule(NoiseSchedule.model_validate(noise))
+    assert load_schedule(Source(str(model))).items() >= wanted.items()
+    start = weights(pipeline)
+    assert all((one - start[name]).abs().max() < 2e-6 for name, one in weights(model).items())
+    own = run_here(pipeline, latents, tmp_path / "own", **settings)
+    assert load_schedule(Source(str(own))) == load_schedule(Source(str(pipeline)))
+    assert read_log(own)[-1]["val_loss"] != read_log(model)[-1]["val_loss"]
+
+
+def test_a_network_that_takes_more_than_latents_is_no_start(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """As those for inpainting do."""
+    other = tmp_path / "inpainting"
+    shutil.copytree(pipeline, other)
+    unet = load_unet(Source(str(other)), "diffusers")
+    assert isinstance(unet, UNet2DConditionModel)
+    UNet2DConditionModel.from_config(unet.config, in_channels=9).save_pretrained(other / "unet")
+    with pytest.raises(UserError, match=r"inpainting: its UNet has in_channels 9, .* ask for 4;"):
+        run_here(pipeline, latents, tmp_path, init=str(other))
 
 
 def test_the_schedule_of_a_model_clips_no_latents(
@@ -243,7 +274,7 @@ REFUSED: list[tuple[list[str], str]] = [
         ["init=random", "noise.prediction=flow_prediction", "noise.beta_schedule=linear"],
         r"train\.noise: beta_schedule: flow_prediction has no betas; leave it out",
     ),
-    (["noise.prediction=epsilon"], r"train: noise: is for init random; .*set init to random"),
+    (["lora.rank=4", "noise.prediction=epsilon"], r"train: lora: .*; set noise to null, or lora"),
     (["unet.widths=[32]"], r"train: unet: is for init random; .*set init to random"),
     (["optimizer=prodigy"], r"train: learning_rate 0\.0004: prodigy .*set learning_rate to 1"),
     (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +21,10 @@ import ldm.train.trainer
 from ldm.artifacts import digest_tree
 from ldm.errors import UserError
 from ldm.run_log import LOG, RunLog, entries
+from ldm.sampling import Painter
 from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
+from ldm.train.trainer import Trainer
 from tests.disk import room_for
 from tests.test_train import read_log, run_here, weights
 
@@ -97,6 +102,60 @@ def test_a_stop_seen_in_a_step_waits_for_no_validation_and_no_sheet(
     assert not (run_of(tmp_path) / "samples-00000006.png").exists()
     assert digest_tree(run_here(pipeline, latents, tmp_path, **EVERY)) == undisturbed
     assert (run_of(tmp_path) / "samples-00000006.png").exists()
+
+
+@pytest.mark.parametrize("at", [5, 6, 12], ids=["plain", "validated", "last"])
+def test_a_stop_within_a_sheet_breaks_it_off(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A sheet of 20 steps, in a thread, which waits until the signal has come."""
+    every = {**EVERY, "sample_every": at, "checkpoint_every": 4}
+    whole = run_here(pipeline, latents, tmp_path / "whole", **every)
+    trajectory, taken = Painter.trajectory, []
+
+    def stopped(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        for number, latents in enumerate(trajectory(*arguments, **options)):
+            taken.append(number)
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)
+            yield latents
+
+    monkeypatch.setattr(Painter, "trajectory", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path / "stopped", **every)
+    monkeypatch.undo()
+    assert max(taken) == 2
+    run = run_of(tmp_path / "stopped")
+    assert checkpoints(tmp_path / "stopped")[-1] == f"step-{at:08d}"
+    assert not list(run.glob("*.png"))
+    state = json.loads((run / f"step-{at:08d}" / "state.json").read_text())
+    assert (state["val_loss"] is not None) == (at % EVERY["validate_every"] == 0)
+    model = run_here(pipeline, latents, tmp_path / "stopped", **every)
+    assert digest_tree(model) == digest_tree(whole)
+    names = sorted(path.name for path in run.glob("*.png"))
+    assert names == [f"samples-{step:08d}.png" for step in range(at, 13, at)]
+
+
+def test_a_run_goes_on_with_another_accumulation(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same weights but for the order of sums, as with other processes."""
+    whole, step = run_here(pipeline, latents, tmp_path / "whole"), Trainer.step
+
+    def stopping(trainer: Trainer, number: int, *others: Any) -> Any:
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, number, *others)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path / "parts", accumulation=2)
+    monkeypatch.undo()
+    model = run_here(pipeline, latents, tmp_path / "parts", accumulation=4)
+    assert checkpoints(tmp_path / "parts")[0] == "step-00000007"
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(model)[name], tensor, rtol=1e-3, atol=2e-4)
 
 
 def test_every_validated_step_can_be_the_best(

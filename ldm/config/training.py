@@ -22,7 +22,7 @@ class UnetShape(Section):
 
 
 class NoiseSchedule(Section):
-    """The forward process of a UNet that starts from random weights."""
+    """The forward process that a UNet is to undo."""
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """How the variance of the noise grows; ``scaled_linear`` is Stable Diffusion's."""
@@ -72,8 +72,10 @@ class Train(Section):
     ``@REVISION``, or an MLflow URI such as ``models:/ldm@champion``."""
     unet: UnetShape = UnetShape()
     """With ``init: random`` alone."""
-    noise: NoiseSchedule = NoiseSchedule()
-    """With ``init: random`` alone: otherwise the starting model's own scheduler rules."""
+    noise: NoiseSchedule | None = None
+    """null: the starting model's own; with ``init: random`` the one above, as it comes. Another
+    start may be taught another one: Stable Diffusion 1, which predicts epsilon, ``{prediction:
+    v_prediction, beta_schedule: scaled_linear, zero_terminal_snr: true}``, say."""
     lora: Lora | None = None
     """Train adapters and leave the UNet's own weights as they are; null trains all weights."""
     steps: Count = 2200
@@ -173,12 +175,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _what_starts_at_random(self) -> Self:
-        for name, default in (("unet", UnetShape()), ("noise", NoiseSchedule())):
-            if self.init != "random" and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}: is for init random; with init {self.init} the starting model has its "
-                    "own; leave it out, or set init to random"
-                )
+        if self.init != "random" and self.unet != UnetShape():
+            raise ValueError(
+                f"unet: is for init random; with init {self.init} the starting model has its own; "
+                "leave it out, or set init to random"
+            )
         return self
 
     @model_validator(mode="after")
@@ -187,6 +188,11 @@ class Train(Section):
             raise ValueError(
                 "lora: adapts a trained UNet, of which init random has none; set init to another "
                 "start, or lora to null"
+            )
+        if self.lora and self.noise is not None:
+            raise ValueError(
+                "lora: goes with models of the start's own noise schedule; set noise to null, or "
+                "lora to null"
             )
         if self.lora and self.text_learning_rate is not None:
             raise ValueError(

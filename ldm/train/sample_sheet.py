@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,15 @@ class SampleSheet:
         painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
         return cls(painter, config.sample_prompts or tuple(first), Sampling(compute="auto"))
 
-    def draw(self, run: Path, step: int, *, writes: bool = True) -> Path:
-        """Write ``samples-NNNNNNNN.png`` into the run's folder; or draw it only, for another."""
+    def draw(
+        self, run: Path, step: int, between: Callable[[], None], *, writes: bool = True
+    ) -> Path:
+        """Write ``samples-NNNNNNNN.png`` into the run's folder; or draw it only, for another.
+
+        What is called ``between`` the steps of sampling may raise, to break off.
+        """
         requests = [Request(prompt, number) for number, prompt in enumerate(self.prompts)]
-        pictures = list(self.painter.draw(requests, self.sampling))
+        pictures = list(self.painter.draw(requests, self.sampling, between=between))
         sheet = captioned_grid(pictures, self.prompts, COLUMNS)
         path = run / sheet_name(step)
         if writes:

@@ -8,12 +8,12 @@ import torch
 
 from ldm.autoencoder import pixels_a_latent
 from ldm.cache import LatentCache
-from ldm.config import Pretrained, Train
+from ldm.config import NoiseSchedule, Pretrained, Train
 from ldm.errors import UserError
-from ldm.models import Encoders, digest_weights, digests, load_text_encoder, starting_model
+from ldm.models import Encoders, Source, digest_weights, digests, load_text_encoder, starting_model
 from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.pipeline import load_unet
-from ldm.unet import Network, random_unet, run_by
+from ldm.unet import Network, random_unet, run_by, shape_of
 
 
 def starting_point(
@@ -28,15 +28,35 @@ def starting_point(
     if source is not None:
         if config.init != "pretrained":
             _check_reads_the_same(cache, config.init, load_text_encoder(source)[1])
-        return load_unet(source, pretrained.network), load_schedule(source)
+        started = load_unet(source, pretrained.network)
+        _check_shape(started, source, _channels(cache), encoders)
+        return started, fresh_schedule(config.noise) if config.noise else load_schedule(source)
     unet = random_unet(
         config.unet,
-        latent_channels=int(cache.shapes[0, 0]) // 2,
+        latent_channels=_channels(cache),
         latent_size=_side(cache, encoders),
         text_width=encoders.text_encoder.config.hidden_size,
         seed=config.seed,
     )
-    return run_by(pretrained.network, unet), fresh_schedule(config.noise)
+    return run_by(pretrained.network, unet), fresh_schedule(config.noise or NoiseSchedule())
+
+
+def _channels(cache: LatentCache) -> int:
+    """Of latents: the cache has the mean and the variance of each."""
+    return int(cache.shapes[0, 0]) // 2
+
+
+def _check_shape(unet: Network, source: Source, channels: int, encoders: Encoders) -> None:
+    """Those for inpainting, depth or upscaling take more than latents, and would fail in a step."""
+    shape, width = shape_of(unet), encoders.text_encoder.config.hidden_size
+    fits = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+    for name, wanted in fits.items():
+        if shape[name] != wanted:
+            raise UserError(
+                f"{source.name or source.location}: its UNet has {name} {shape[name]}, and "
+                f"the latents and the text encoder ask for {wanted}; start from a plain "
+                "text-to-image model with the same autoencoder and text encoder"
+            )
 
 
 def _side(cache: LatentCache, encoders: Encoders) -> int:

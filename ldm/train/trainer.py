@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ldm.learning_rate import rate_factor
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
-from ldm.termination import Termination
+from ldm.termination import StoppedError, Termination
 from ldm.tracking.live import Live
 from ldm.train import fsdp
 from ldm.train.data import Batch, TrainingBatches, made_ahead
@@ -59,6 +59,7 @@ class Trainer:
         sharded: bool = False,
     ) -> None:
         self.accelerator, self.config = accelerator, config
+        self._is_main = accelerator.is_main_process
         self.objective = objective.to(accelerator.device)
         self.held_out, self.folder, self.earlier = held_out, run, earlier
         self.sheet, self.live, self.sharded = sheet, live, sharded
@@ -93,7 +94,7 @@ class Trainer:
         Either way the last step taken is on disk. UserError after more than ``max_skipped`` steps
         in a row whose loss or gradient is not finite.
         """
-        config, main = self.config, self.accelerator.is_main_process
+        config, main = self.config, self._is_main
         first, own = self.state.resume(self.folder, self.earlier, config.steps)
         tell = self.live.write if self.live else None
         log = RunLog(self.folder / LOG, first, writes=main, tell=tell)
@@ -116,22 +117,23 @@ class Trainer:
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
                     shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
                     bar.set_postfix_str(shown, refresh=False)
-                if not stopping:
-                    stopping = self._conclude(done, log, saver, termination)
                 if stopping:
                     self._save(saver, done, None, log, last=True)
+                else:
+                    stopping = self._conclude(done, log, saver, termination)
                 bar.update(size)
         return not stopping
 
     def _conclude(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
         """What is due after a step: validation, checkpoint, sheet; True if it was asked to stop.
 
-        Then all that is left to the next start.
+        Then the step is on disk, and what was broken off is left to the next start.
         """
         val_loss = None
         if self._validates_at(step):
             validated = self._validate(termination)
             if validated is None:
+                self._save(saver, step, None, log, last=True)
                 return True
             val_loss = validated["val_loss"]
             if not math.isfinite(val_loss):
@@ -142,32 +144,28 @@ class Trainer:
                     "float32 (train.mixed_precision: no), or look at the latents"
                 )
             log.write({"step": step, **validated})
-        if val_loss is not None or step % self.config.checkpoint_every == 0:
+        due = val_loss is not None or step % self.config.checkpoint_every == 0
+        if due:
             self._save(saver, step, val_loss, log, last=step == self.config.steps)
-        if self._draws_at(step):
-            self._draw(step)
-        return False
+        stopping = self._draws_at(step) and self._draw(step, termination)
+        if stopping and not due:
+            self._save(saver, step, None, log, last=True)
+        return stopping
 
     def _go_on_after(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
         """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
         validated = any(one["step"] == step and "val_loss" in one for one in log.kept)
         if self._validates_at(step) and not validated:
             return self._conclude(step, log, saver, termination)
-        if self._draws_at(step) and not (self.folder / sheet_name(step)).is_file():
-            self._draw(step)
-        return False
+        drawn = (self.folder / sheet_name(step)).is_file()
+        missing = self._draws_at(step) and self._anywhere(self._is_main and not drawn)
+        return missing and self._draw(step, termination)
 
     def _validates_at(self, step: int) -> bool:
         return step == self.config.steps or step % self.config.validate_every == 0
 
     def _draws_at(self, step: int) -> bool:
-        every = self.config.sample_every
-        return self._takes_part and self.sheet is not None and step % (every or step + 1) == 0
-
-    @property
-    def _takes_part(self) -> bool:
-        """In what needs whole weights: the main process, or all where these are spread."""
-        return self.accelerator.is_main_process or self.sharded
+        return step % (self.config.sample_every or step + 1) == 0
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
@@ -263,14 +261,23 @@ class Trainer:
         self.denoiser.train()
         self.ema.swap()
 
-    def _draw(self, step: int) -> None:
-        """A sheet of samples by the averaged weights."""
-        assert self.sheet is not None
-        main = self.accelerator.is_main_process
-        with self._averaged():
-            sheet = self.sheet.draw(self.folder, step, writes=main)
-        if self.live:
-            self.live.picture(sheet)
+    def _draw(self, step: int, termination: Termination) -> bool:
+        """A sheet of samples by the averaged weights; True if one of the processes is to stop.
+
+        Where one draws alone, that breaks it off.
+        """
+        if self.sheet:
+            between = (lambda: None) if self.sharded else termination.check
+            with self._averaged(), suppress(StoppedError):
+                sheet = self.sheet.draw(self.folder, step, between, writes=self._is_main)
+                if self.live:
+                    self.live.picture(sheet)
+        return self._anywhere(termination.signal is not None)
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether one of the processes says so; all have to ask."""
+        said = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(said, "sum") > 0)
 
     def micro_batches(self, first: int) -> Generator[Batch]:
         """From optimizer step ``first`` on. Not prepared: each process reads only its share."""
@@ -282,9 +289,10 @@ class Trainer:
     def _save(
         self, saver: Saver, step: int, val_loss: float | None, log: RunLog, *, last: bool
     ) -> None:
-        if not self._takes_part:
+        # Where weights are spread, all put them together.
+        if not self._is_main and not self.sharded:
             return
         log.sync()
         state = self.state.checkpoint(step, val_loss)
-        if self.accelerator.is_main_process:
+        if self._is_main:
             saver.save(state, last=last)
