@@ -128,13 +128,13 @@ def test_an_error_of_a_loader_ends_the_training_and_nothing_is_lost(
     workers: int,
 ) -> None:
     def fail() -> None:
-        raise OSError("no such latents")
+        raise RuntimeError("no such latents")
 
     def run() -> Path:
         return run_here(pipeline, latents, tmp_path, **UNSEEN, workers=workers)
 
     instead_of_batch(monkeypatch, 11, fail)
-    with pytest.raises(OSError, match="no such latents"):
+    with pytest.raises(RuntimeError, match="no such latents"):
         served(monkeypatch, run)
     monkeypatch.undo()
     assert checkpoints(tmp_path)[-1] == "step-00000010"
