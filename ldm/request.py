@@ -59,7 +59,7 @@ def serve(stage: str, kind: type[Request], run: Callable[[Request], None]) -> No
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")
     except RuntimeError as error:
-        if not (_of_a_peer(error) or "DataLoader worker" in str(error)):
+        if not (_of_a_peer(error) or "DataLoader worker (pid" in str(error)):
             raise
         sys.exit(
             f"ldm {stage}: another process of it is gone or stands still "

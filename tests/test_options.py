@@ -20,15 +20,20 @@ from safetensors.torch import load_file
 
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
-from ldm.config import NoiseSchedule, Train
+from ldm.config import NoiseSchedule, Sampling, Train
+from ldm.device import plain_attention
 from ldm.errors import UserError
+from ldm.grid import captioned_grid
+from ldm.images import decode_image
 from ldm.models import Source
 from ldm.nn.layers import ResidualBlock
 from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.params import load_params
 from ldm.pipeline import load_unet
+from ldm.sampling import Painter, Request
 from ldm.train.data import TrainingBatches
 from ldm.train.objective import Objective
+from ldm.train.sample_sheet import COLUMNS, sheet_name
 from tests.launched import launch
 from tests.test_train import read_log, run_here, weights
 
@@ -257,6 +262,26 @@ def test_it_starts_from_a_revision_of_a_hub_id(
             weights(tmp_path / "next" / "model")[name], tensor, rtol=0, atol=1e-9
         )
     assert differ(older, newer)
+
+
+# What it draws meanwhile
+
+
+def test_a_sheet_is_drawn_by_the_averaged_weights_each_picture_under_a_seed_of_its_own(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """The same ones on every sheet; and a checkpoint draws by its averaged weights."""
+    prompts = ["a red star", "a red star", "two blue stars"]
+    settings = {"sample_every": 6, "sample_prompts": prompts, "checkpoint_every": 6}
+    run_here(pipeline, latents, tmp_path, **settings, learning_rate=1e-2)
+    (run,) = (tmp_path / "runs").iterdir()
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    for step in (6, 12):
+        painter = Painter.load(Source(str(run / f"step-{step:08d}")))
+        with plain_attention(painter.device):
+            pictures = list(painter.draw(requests, Sampling(compute="auto")))
+        sheet = decode_image((run / sheet_name(step)).read_bytes())
+        assert np.array_equal(sheet, captioned_grid(pictures, prompts, COLUMNS))
 
 
 # What cannot go together

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+import ldm.request
 import ldm.train.stage
 import ldm.train.trainer
 from ldm.artifacts import digest_tree
+from ldm.config import Pretrained, Train
 from ldm.errors import UserError
+from ldm.request import REQUEST, TrainRequest, serve
 from ldm.run_log import LOG, RunLog, entries
 from ldm.sampling import Painter
+from ldm.train.data import Batch, TrainingBatches
 from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
 from ldm.train.trainer import Trainer
@@ -164,6 +168,97 @@ def test_every_validated_step_can_be_the_best(
     run_here(pipeline, latents, tmp_path, **EVERY, keep_checkpoints=9)
     found = [int(name.removeprefix("step-")) for name in checkpoints(tmp_path)]
     assert found == [3, 5, 6, 9, 10, 12]
+
+
+# --- loaders
+
+UNSEEN = {**EVERY, "sample_every": None}
+"""Sheets take most of the time."""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_loader_ends_the_training_and_nothing_is_lost(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[str, str],
+    workers: int,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such latents")
+
+    def run() -> Path:
+        return run_here(pipeline, latents, tmp_path, **UNSEEN, workers=workers)
+
+    instead_of_batch(monkeypatch, 11, fail)
+    with pytest.raises(RuntimeError, match="no such latents"):
+        served(monkeypatch, run)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path)[-1] == "step-00000010"
+    assert digest_tree(run()) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_outside_is_one_line_whoever_made_the_batch(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def fail() -> None:
+        raise UserError("train-00000.tar: is cut short; run `ldm encode` again")
+
+    instead_of_batch(monkeypatch, 3, fail)
+    with pytest.raises(SystemExit) as caught:
+        served(
+            monkeypatch, lambda: run_here(pipeline, latents, tmp_path, **UNSEEN, workers=workers)
+        )
+    assert caught.value.code == "ldm train: train-00000.tar: is cut short; run `ldm encode` again"
+
+
+def test_a_loader_that_is_killed_ends_the_training_and_nothing_is_lost(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[str, str],
+) -> None:
+    """It dies while the training is in one of the two steps before."""
+
+    def run() -> Path:
+        return run_here(pipeline, latents, tmp_path, **UNSEEN, workers=1)
+
+    instead_of_batch(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        SystemExit, match=r"another process of it is gone .*DataLoader worker \(pid"
+    ):
+        served(monkeypatch, run)
+    monkeypatch.undo()
+    assert checkpoints(tmp_path)[-1] == "step-00000006"
+    assert digest_tree(run()) == undisturbed
+
+
+def instead_of_batch(
+    monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], None]
+) -> None:
+    """Have something happen where the micro-batch of this number is made."""
+    make = TrainingBatches.__getitem__
+
+    def disturbed(batches: TrainingBatches, micro_batch: int) -> Batch:
+        if micro_batch == number:
+            happens()
+        return make(batches, micro_batch)
+
+    monkeypatch.setattr(TrainingBatches, "__getitem__", disturbed)
+
+
+def served(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """Run it as a launched process does, but that this one outlives its launcher."""
+    nowhere = Path()
+    asked = TrainRequest(
+        train=Train(), pretrained=Pretrained(), latents=nowhere, out=nowhere, runs=nowhere
+    )
+    monkeypatch.setenv(REQUEST, asked.model_dump_json())
+    monkeypatch.setattr(ldm.request, "ask_when_orphaned", lambda: None)
+    serve("train", TrainRequest, lambda _: run())
 
 
 # --- the log

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import tqdm
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -27,7 +29,10 @@ from ldm.config import Params, Section, Train
 from ldm.models import Source
 from ldm.noise_schedule import load_schedule
 from ldm.train.data import Batch, TrainingBatches
+from ldm.train.runs import folder_of
+from ldm.train.settings import settings_of_result
 from ldm.train.stage import settled_training
+from ldm.train.trainer import Trainer
 from tests import test_kills, test_lora, test_memory, test_options, test_train
 from tests.test_train import read_log, run_here, weights
 
@@ -213,6 +218,49 @@ def test_no_setting_is_forgotten() -> None:
     assert sorted(names_in(Train)) == sorted([*CASES, *ELSEWHERE])
 
 
+# Which of them make another run
+
+OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "init": ({}, "other"),
+    "lora.rank": ({"lora": {}}, 4),
+    "lora.alpha": ({"lora": {}}, 8.0),
+    "lora.targets": ({"lora": {}}, ["to_q"]),
+    "lora.dropout": ({"lora": {}}, 0.5),
+    "accumulation": ({}, 2),
+    "gradient_checkpointing": ({}, True),
+    "compile": ({}, True),
+    "deterministic": ({}, True),
+    "max_skipped": ({}, 3),
+    "workers": ({}, 2),
+    "track": ({}, False),
+    "accelerate": ({}, "two.yaml"),
+    "patience_s": ({}, 60),
+}
+"""As in :data:`CASES`, of the settings that are not there: what else is set, and another value."""
+OF_NO_RESULT = {
+    "accumulation",
+    "workers",
+    "gradient_checkpointing",
+    "accelerate",
+    "patience_s",
+    "track",
+}
+OF_NO_RESULT |= {"log_every", "checkpoint_every", "keep_checkpoints"}
+OF_NO_RESULT |= {"sample_every", "sample_prompts"}
+
+
+@pytest.mark.parametrize("setting", names_in(Train))
+def test_another_value_makes_another_run_where_it_decides_the_result(setting: str) -> None:
+    common, other = OTHERS.get(setting) or CASES[setting][:2]
+    common = {**BASE, **common}
+    before, after = (
+        settings_of_result(Train.model_validate(one))
+        for one in (common, with_other(common, setting, other))
+    )
+    same = folder_of(Path(), {"config": before}) == folder_of(Path(), {"config": after})
+    assert same is (setting in OF_NO_RESULT)
+
+
 # The noise as the prediction, what a watcher sees, and the scaler of fp16
 
 
@@ -238,6 +286,37 @@ def test_the_bar_shows_speed_and_figures(
     speed = re.match(r"train: 100%.* 32/32 \[.*, +([\d.]+) samples/s, ", last)
     assert speed and float(speed[1]) > 0
     assert last.endswith(f"samples/s, loss {loss:.3f}, lr {rate:.1e}, gradient {gradient:.2f}]")
+
+
+def test_the_bar_counts_samples_and_goes_on_from_those_of_before(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By a clock on which a step of 8 samples takes two seconds, and all else none."""
+    now, step = [time.time()], Trainer.step
+
+    def timed(*arguments: Any) -> tuple[float, float, bool]:
+        now[0] += 2
+        return step(*arguments)
+
+    monkeypatch.setattr(Trainer, "step", timed)
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    settings = {**BASE, "checkpoint_every": 3}
+    run_here(pipeline, latents, tmp_path, **settings)
+    assert bar_of(capsys) == [("0/32", "?"), ("32/32", "4.00")]
+    (run,) = (tmp_path / "runs").iterdir()
+    (folders(run)[-1] / "state.json").unlink()
+    run_here(pipeline, latents, tmp_path, **settings)
+    assert bar_of(capsys) == [("24/32", "?"), ("32/32", "4.00")]
+
+
+def bar_of(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
+    """How many samples a training's bar counted, of how many, and how many a second."""
+    shown = r"train: [^\r\n]* (\d+/\d+) \[[^\r\n]*, +([\d.?]+) samples/s"
+    return re.findall(shown, capsys.readouterr().err)
 
 
 FIRST_SCALE = 2.0**26

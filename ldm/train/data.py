@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.cache import LatentCache
+from ldm.errors import UserError
 from ldm.termination import ignore
 from ldm.train.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.train.order import Order, by_shape
@@ -115,7 +116,7 @@ def made_ahead(
     These end when this is closed. ``pinned``: in memory that a GPU copies from.
     """
     loader = DataLoader(
-        batches,
+        _Told(batches) if workers else batches,
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
@@ -127,10 +128,29 @@ def made_ahead(
         yield from one_ahead(coming)
         return
     try:
-        yield from coming
+        for batch in coming:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     finally:
         # Python ends them by SIGTERM, which they leave to us, and would wait for them for ever.
         coming._shutdown_workers()  # type: ignore[attr-defined]
+
+
+class _Told(Dataset[Batch | Exception]):
+    """Batches by a process of their own, or what was wrong outside the code.
+
+    Raised there, that would come as a text of torch's, with a trace and without its number.
+    """
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, micro_batch: int) -> Batch | Exception:
+        try:
+            return self.batches[micro_batch]
+        except (UserError, OSError) as error:
+            return error
 
 
 def one_ahead(batches: Iterator[Item]) -> Iterator[Item]:
