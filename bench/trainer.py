@@ -1,5 +1,5 @@
-"""The trainer at ``tiny``: its step over the bare one and over one that encodes, what a checkpoint
-costs, and how long it takes to start.
+"""The trainer at ``tiny``: its step over the bare one and over one that encodes, and what a
+checkpoint costs. The stage as it is started: :mod:`bench.launched`.
 
 Needs ``artifacts/latents`` (``make demo`` makes it). All loops train the same UNet from the same
 weights in the same precision; the bare one sees one fixed batch and does nothing else.
@@ -7,16 +7,11 @@ weights in the same precision; the bare one sees one fixed batch and does nothin
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -48,7 +43,7 @@ SOURCE = locate(Pretrained().pipeline)
 
 @plain_attention(DEVICE)
 def main() -> None:
-    """Print samples a second of the loops and their ratios, and the seconds of a start."""
+    """Print samples a second of the loops and their ratios."""
     keep_memory(DEVICE)  # As ``train`` does; the others have it too.
     title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
     with tempfile.TemporaryDirectory() as run:
@@ -62,8 +57,6 @@ def main() -> None:
         print(
             f"a checkpoint in {STEPS} steps; by default there is one in {Train().checkpoint_every}"
         )
-    seconds = [start() for _ in range(3)]
-    print(f"\nldm train, from the command to its first step: {median(seconds):.1f} s")
 
 
 def trainer_in(run: Path) -> Trainer:
@@ -125,24 +118,6 @@ def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[]
             steps()
 
     return with_checkpoint
-
-
-def start() -> float:
-    """Seconds from the command to the first line of its log."""
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
-        paths = [f"--latents={LATENTS}", f"--out={folder}/model", f"--runs={folder}/runs"]
-        sets = [f"--set=train.{one}" for one in ("log_every=1", "track=false")]
-        begin = time.perf_counter()
-        command = [sys.executable, "-m", "ldm.cli", "train", *paths, *sets]
-        with subprocess.Popen(command, stderr=said, start_new_session=True) as stage:
-            while not any(log.stat().st_size for log in Path(folder).glob(f"runs/*/{LOG}")):
-                if stage.poll() is not None:
-                    said.seek(0)
-                    sys.exit(f"bench: the training ended before its first step: {said.read()}")
-                time.sleep(0.02)
-            seconds = time.perf_counter() - begin
-            stage.send_signal(signal.SIGTERM)
-    return seconds
 
 
 if __name__ == "__main__":

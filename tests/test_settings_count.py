@@ -237,16 +237,9 @@ OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "patience_s": ({}, 60),
 }
 """As in :data:`CASES`, of the settings that are not there: what else is set, and another value."""
-OF_NO_RESULT = {
-    "accumulation",
-    "workers",
-    "gradient_checkpointing",
-    "accelerate",
-    "patience_s",
-    "track",
-}
+OF_NO_RESULT = {"workers", "accumulation", "gradient_checkpointing", "accelerate", "patience_s"}
 OF_NO_RESULT |= {"log_every", "checkpoint_every", "keep_checkpoints"}
-OF_NO_RESULT |= {"sample_every", "sample_prompts"}
+OF_NO_RESULT |= {"sample_every", "sample_prompts", "track"}
 
 
 @pytest.mark.parametrize("setting", names_in(Train))

@@ -1,0 +1,115 @@
+"""``ldm train`` as a user starts it, over the bare loop: processes of their own, in turns.
+
+With its launcher, log, loader and MLflow, at ``tiny``; timed from outside, by its log, between two
+of its steps, without the validation and checkpoints that come before and after. Needs
+``artifacts/latents`` (``make demo`` makes it).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from bench.trainer import BATCH, LATENTS, SOURCE, in_precision
+from ldm.device import device_of, plain_attention
+from ldm.memory import keep_memory
+from ldm.pipeline import load_unet
+from ldm.run_log import LOG
+
+ROUNDS = 5
+FIRST, LAST = 40, 180
+"""Steps between which the speed is taken; both stand in the log by default."""
+
+
+def main() -> None:
+    """Print both speeds by round, their ratios, and the seconds to the first step."""
+    if "--bare" in sys.argv:
+        print(bare_speed())
+        return
+    print(f"training, tiny, batch {BATCH}, as it is started: samples a second")
+    print(f"{'bare loop':>24} {'ldm train':>24} {'ratio':>7}")
+    ratios = []
+    for _ in range(ROUNDS):
+        command = [sys.executable, "-m", "bench.launched", "--bare"]
+        bare = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        ours = launched_speed()
+        ratios.append(ours / bare)
+        print(f"{bare:24.2f} {ours:24.2f} {ratios[-1]:7.3f}", flush=True)
+    print(f"{'median':>49} {median(ratios):7.3f}")
+    for track in ("false", "true"):
+        seconds = median(seconds_to_first_step(track) for _ in range(3))
+        print(f"from the command to the first step, train.track {track}: {seconds:.1f} s")
+
+
+def bare_speed() -> float:
+    """Of the step that does what it must, on one batch."""
+    from bench.loops import bare
+    from ldm.cache import LatentCache
+    from ldm.train.data import TrainingBatches
+
+    device = device_of()
+    keep_memory(device)
+    cache = LatentCache(LATENTS, "train")
+    settings = {"seed": 0, "batch_size": BATCH, "timesteps": 1000, "caption_dropout": 0.1}
+    batch = TrainingBatches(cache, **settings)[0].to(device)
+    step = bare(load_unet(SOURCE).to(device).train(), lambda: batch, in_precision)
+    with plain_attention(device):
+        for number in range(LAST):
+            if number == FIRST:
+                begin = time.perf_counter()
+            step()
+    return (LAST - FIRST) * BATCH / (time.perf_counter() - begin)
+
+
+def launched_speed() -> float:
+    """Of ``ldm train`` with its default settings."""
+    with training() as comes:
+        begin = comes(FIRST)
+        return (LAST - FIRST) * BATCH / (comes(LAST) - begin)
+
+
+def seconds_to_first_step(track: str) -> float:
+    """From the command to the first line of its log."""
+    begin = time.perf_counter()
+    with training("log_every=1", f"track={track}") as comes:
+        return comes(1) - begin
+
+
+@contextmanager
+def training(*settings: str) -> Iterator[Callable[[int], float]]:
+    """``ldm train`` in a folder of its own; what waits for a step and says when that came."""
+    with tempfile.TemporaryDirectory() as name, (Path(name) / "said").open("w+") as said:
+        paths = [f"--latents={LATENTS}", f"--out={name}/model", f"--runs={name}/runs"]
+        sets = [f"--set=train.{one}" for one in settings]
+        sets.append(f"--set=registry.tracking_uri=sqlite:///{name}/mlflow.db")
+        command = [sys.executable, "-m", "ldm.cli", "train", *paths, *sets]
+        with subprocess.Popen(command, stderr=said, start_new_session=True) as stage:
+
+            def comes(step: int) -> float:
+                while not any(reached(log, step) for log in Path(name).glob(f"runs/*/{LOG}")):
+                    if stage.poll() is not None:
+                        said.seek(0)
+                        sys.exit(f"bench: the training ended before step {step}: {said.read()}")
+                    time.sleep(0.05)
+                return time.perf_counter()
+
+            yield comes
+            stage.send_signal(signal.SIGTERM)
+
+
+def reached(log: Path, step: int) -> bool:
+    """Whether the line of that step, or of a later one, stands in a log."""
+    lines = log.read_text().splitlines()[-1:]
+    return bool(lines) and json.loads(lines[0])["step"] >= step
+
+
+if __name__ == "__main__":
+    main()
