@@ -101,8 +101,10 @@ def training(*settings: str) -> Iterator[Callable[[int], float]]:
                     time.sleep(0.05)
                 return time.perf_counter()
 
-            yield comes
-            stage.send_signal(signal.SIGTERM)
+            try:
+                yield comes
+            finally:
+                stage.send_signal(signal.SIGTERM)
 
 
 def reached(log: Path, step: int) -> bool:

@@ -31,8 +31,11 @@ KINDS = {
 def main() -> None:
     """Profile the asked rung."""
     quieten()
-    size = next(size for size in SIZES if str(size.pixels) in sys.argv)
-    rung = RUNGS[sys.argv[-1]]
+    by_pixels, asked = {str(size.pixels): size for size in SIZES}, sys.argv[1:]
+    size = next((by_pixels[word] for word in asked if word in by_pixels), None)
+    rung = next((RUNGS[word] for word in asked if word in RUNGS), None)
+    if size is None or rung is None:
+        sys.exit(f"bench: name a size ({', '.join(by_pixels)}) and a rung ({', '.join(RUNGS)})")
     batch = random_batch(size, getattr(size, rung.batch))
     with stepping(rung, stable_diffusion(), batch) as step:
         for _ in range(4):

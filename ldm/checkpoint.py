@@ -109,8 +109,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if damage_of(target) is None:
             state = _state(target)
             assert state is not None  # It has no damage.
-            write_json(target / STATE, state | {"val_loss": checkpoint.val_loss})
-            _sync(target)
+            if checkpoint.val_loss is not None:
+                write_json(target / STATE, state | {"val_loss": checkpoint.val_loss})
+                _sync(target)
         else:
             fresh.mkdir(parents=True)
             _write(fresh, checkpoint)

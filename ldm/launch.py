@@ -13,6 +13,7 @@ from types import FrameType
 import psutil
 import torch
 
+from ldm.aliases import fixed
 from ldm.config import Accelerate, Params, Section
 from ldm.device import CPU_ASKED, device_of
 from ldm.errors import UserError
@@ -38,7 +39,7 @@ def launch_training(
 
     The version behind an alias in ``train.init`` is fixed here, and kept with the model.
     """
-    train = params.train.model_copy(update={"init": _fixed(params.train.init)})
+    train = params.train.model_copy(update={"init": fixed(params.train.init)})
     request = TrainRequest(
         train=train,
         pretrained=params.pretrained,
@@ -68,7 +69,7 @@ def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None
     The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
     """
     assert params.encode.accelerate is not None
-    pipeline = _fixed(params.pretrained.pipeline)
+    pipeline = fixed(params.pretrained.pipeline)
     request = EncodeRequest(
         encode=params.encode,
         pretrained=params.pretrained.model_copy(update={"pipeline": pipeline}),
@@ -106,15 +107,6 @@ def _gpus_for(settings: Accelerate) -> int:
     if settings.gpu_ids in (None, "all"):
         return there
     return min(there, len(settings.gpu_ids.split(",")))
-
-
-def _fixed(name: str) -> str:
-    """The same name of a model, but for an MLflow alias the version behind it."""
-    if not name.startswith("models:/"):
-        return name
-    from ldm.tracking.registered import pinned
-
-    return pinned(name)
 
 
 def _launch(stage: str, named: str, request: Section) -> None:

@@ -75,6 +75,8 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
     Those of a part of the first stage are called ``PART/FIGURE``.
     """
     if part := entry.get("part"):
+        if "skipped" in entry:
+            return {f"{part}/skipped": 1.0}
         figures = {key: value for key, value in entry.items() if key not in ("part", "step")}
         return {f"{part}/{key}": float(one) for key, one in figures.items() if one is not None}
     found = {NAMES[key]: float(entry[key]) for key in NAMES if key in entry}

@@ -37,8 +37,8 @@ def moved(vae: AutoencoderKL, pipeline: Path) -> dict[str, float]:
 
 
 def test_a_vae_is_trained_on_from_where_it_stands(pipeline: Path, tmp_path: Path) -> None:
-    """Adam's first step is as long as its rate, whatever the shape that the settings would give."""
-    vae = from_the(pipeline, Run(tmp_path, 1, 1), steps=1, learning_rate=1e-5, widths=(64, 64))
+    """Adam's first step is as long as its rate."""
+    vae = from_the(pipeline, Run(tmp_path, 1, 1), steps=1, learning_rate=1e-5)
     assert 0 < max(moved(vae, pipeline).values()) < 1.1e-5
     scaling = load_vae(Source(str(pipeline))).config.scaling_factor
     assert vae.config.scaling_factor == scaling
@@ -55,6 +55,13 @@ def test_latents_stay_where_the_decoder_alone_is_trained(pipeline: Path, tmp_pat
 def test_a_decoder_alone_wants_an_encoder() -> None:
     with pytest.raises(ValueError, match=r"trains decoder .* name a pipeline in init"):
         VaeTraining(trains="decoder")
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"widths: is for init random; with init tiny .* its own"):
+        VaeTraining(init="tiny", widths=(64, 64))
+    with pytest.raises(ValueError, match=r"clip: is not trained where text_encoder names one"):
+        FirstStage.model_validate({"text_encoder": "tiny", "clip": {"steps": 5}})
 
 
 def test_sides_that_the_vae_cannot_halve_are_one_line(tmp_path: Path) -> None:

@@ -214,7 +214,10 @@ class Asking(Pixels):
 
 
 def test_a_stop_breaks_a_measurement_off_and_the_next_start_makes_it(tmp_path: Path) -> None:
-    whole, stopped = (Run(tmp_path / name, 4, 1, 5, 5) for name in ("whole", "stopped"))
+    whole, stopped = (
+        Run(tmp_path / name, checkpoint_every=4, log_every=1, validate_every=5, sheet_every=5)
+        for name in ("whole", "stopped")
+    )
     trained_vae(whole)
     with pytest.raises(SystemExit, match="143"):
         # More than two batches: the third is not read.

@@ -26,11 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.kills]
 
 SETTINGS: dict[str, Any] = {"steps": 120, "checkpoint_every": 4, "validate_every": 12}
 SETTINGS |= {"log_every": 1}
+SHEETS = {"sample_every": 35, "sample_prompts": ["a red circle"]}
 CASES: dict[str, dict[str, Any]] = {
     "one process": {"workers": 1, "accumulation": 2},
     "text encoder too": {"text_learning_rate": 1e-4},
-    "two processes": {"accelerate": "infra/accelerate/cpu-ddp.yaml", "accumulation": 2},
-    "weights in parts": {"accelerate": "infra/accelerate/cpu-fsdp.yaml"},
+    "two processes": {"accelerate": "infra/accelerate/cpu-ddp.yaml", "accumulation": 2, **SHEETS},
+    "weights in parts": {"accelerate": "infra/accelerate/cpu-fsdp.yaml", **SHEETS},
 }
 
 

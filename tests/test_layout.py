@@ -156,7 +156,7 @@ def test_a_run_is_named_by_the_code_that_decides_its_steps() -> None:
 
     found = {path for path in deciding("ldm.train.trainer") if path.split("/")[0] != "nn"}
     # How attention is computed, and which adapters are trained, is set beforehand.
-    assert found | {"device", "lora"} == set(DECIDING)
+    assert found | {"device", "lora", "train/compilation"} == set(DECIDING)
 
 
 def test_what_was_encoded_is_known_by_the_code_that_did() -> None:

@@ -27,12 +27,13 @@ class VaeTraining(PartTraining):
     """The autoencoder of ``ldm first-stage``."""
 
     init: str = "random"
-    """Where it starts: ``random``, of the shape that the next five settings give; or the VAE of a
-    pipeline: ``tiny``, a folder, a hub id (``NAME@REVISION``), ``models:/ldm@champion``. That has a
-    shape of its own, and keeps its scaling factor."""
+    """Where it starts: ``random``, of the shape that ``widths`` to ``mid_attention`` say, or the
+    VAE of a pipeline: ``tiny``, a folder, a hub id (``NAME@REVISION``), ``models:/ldm@champion``.
+    That keeps its scaling factor, and asks for a ``learning_rate`` of 1e-5, say, and a
+    ``kl_weight`` of 1e-6: the defaults are for random weights."""
     trains: Literal["all", "decoder"] = "all"
-    """``decoder``, of a VAE that is there already: latents stay as they are, and with them all that
-    was trained on them."""
+    """``decoder``, of a VAE that is there already: ``ldm encode`` makes the latents that it made
+    before, and what was trained on them stays of use."""
     widths: tuple[Count, ...] = (16, 32, 64, 96)
     layers_per_block: Count = 1
     latent_channels: Count = 4
@@ -64,6 +65,18 @@ class VaeTraining(PartTraining):
         if self.trains == "decoder" and self.init == "random":
             raise ValueError(
                 "trains decoder wants an encoder that is there already: name a pipeline in init"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> Self:
+        shape = ("widths", "layers_per_block", "latent_channels", "norm_groups", "mid_attention")
+        defaults = type(self).model_fields
+        given = [name for name in shape if getattr(self, name) != defaults[name].default]
+        if self.init != "random" and given:
+            raise ValueError(
+                f"{given[0]}: is for init random; with init {self.init} the VAE has its own; leave "
+                "it out, or set init to random"
             )
         return self
 
@@ -130,3 +143,12 @@ class FirstStage(Section):
     ``reconstructions-NNNNNNNN.png`` in ``vae`` of the run's folder; null: none."""
     track: bool = True
     """Show the training in MLflow as it goes."""
+
+    @model_validator(mode="after")
+    def _one_text_encoder(self) -> Self:
+        for name, default in (("clip", ClipTraining()), ("layout", LayoutTraining())):
+            if self.text_encoder and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: is not trained where text_encoder names one; leave out either"
+                )
+        return self

@@ -112,12 +112,12 @@ class Loop:
                 factor = rate_factor(step, total=steps, warmup=self.config.warmup_steps)
                 for group, peak in peaks:
                     group["lr"] = peak * factor
-                figures, left = self._step(step, losses)
+                figures, unchanged = self._step(step, losses)
                 done = step + 1
-                if left:
-                    log.write({"part": self.part, "step": done, "skipped": len(left)})
+                if unchanged:
+                    log.write({"part": self.part, "step": done, "skipped": unchanged})
                     skipped += 1
-                    self._expect_fewer(skipped)
+                    self._expect_fewer(skipped, unchanged)
                 else:
                     skipped = 0
                     if done == steps or done % self.run.log_every == 0:
@@ -149,14 +149,18 @@ class Loop:
 
         Then validation and sheet are left to the next start: they draw from no generator.
         """
-        val_loss = None
-        if held_out and self._validates_at(step):
-            val_loss = self._validate(step, held_out, log, termination)
-        stopping = termination.signal is not None
+        found, stopping = None, termination.signal is not None
+        if held_out and self._validates_at(step) and not stopping:
+            found = held_out.error(termination)
+            stopping = found is None
+        val_loss = found[0] if found else None
         last = step == self.config.steps or stopping
-        if last or val_loss is not None or step % self.run.checkpoint_every == 0:
+        if last or found or step % self.run.checkpoint_every == 0:
             log.sync()
             saver.save(self._checkpoint(step, val_loss), last=last)
+        if found:
+            # Behind the checkpoint, which so has its loss wherever the log has this line.
+            log.write({"part": self.part, "step": step, "val_loss": val_loss, **found[1]})
         if held_out and self._shows_at(step) and not stopping:
             self._show(held_out.sheet(), step)
         return stopping
@@ -165,12 +169,14 @@ class Loop:
         self, held_out: HeldOut | None, log: RunLog, saver: Saver, termination: Termination
     ) -> bool:
         """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
-        if held_out is None or not self.first:
+        step = self.first
+        if held_out is None or not step:
             return False
-        validated = any(one["step"] == self.first and "val_loss" in one for one in log.kept)
-        shown = not self._shows_at(self.first) or self._sheet(self.first).is_file()
-        if (self._validates_at(self.first) and not validated) or not shown:
-            return self._conclude(self.first, held_out, log, saver, termination)
+        validated = any(one["step"] == step and "val_loss" in one for one in log.kept)
+        if self._validates_at(step) and not validated:
+            return self._conclude(step, held_out, log, saver, termination)
+        if self._shows_at(step) and not self._sheet(step).is_file():
+            self._show(held_out.sheet(), step)
         return False
 
     def _validates_at(self, step: int) -> bool:
@@ -179,20 +185,6 @@ class Loop:
 
     def _shows_at(self, step: int) -> bool:
         return step % (self.run.sheet_every or step + 1) == 0
-
-    def _validate(
-        self, step: int, held_out: HeldOut, log: RunLog, termination: Termination
-    ) -> float | None:
-        """The held-out error of a step, from the log if it is there; None if a signal came."""
-        for one in log.kept:
-            if one["step"] == step and "val_loss" in one:
-                return float(one["val_loss"])
-        found = held_out.error(termination) if termination.signal is None else None
-        if found is None:
-            return None
-        val_loss, figures = found
-        log.write({"part": self.part, "step": step, "val_loss": val_loss, **figures})
-        return val_loss
 
     def _sheet(self, step: int) -> Path:
         return self.folder / f"{SHEETS}-{step:08d}.png"
@@ -212,7 +204,7 @@ class Loop:
         module's has the module's name before it.
         """
         figures: dict[str, torch.Tensor] = {}
-        left = []
+        unchanged = []
         modules = self.trained.items()
         for (name, one), (loss, seen) in zip(modules, losses(step), strict=False):
             # Before, not behind: another module's loss may have left gradients here.
@@ -222,17 +214,18 @@ class Loop:
             if norm.isfinite() & loss.isfinite():
                 one.optimizer.step()
             else:
-                left.append(name)
+                unchanged.append(name)
             mark = "" if name == self.part else f"{name}_"
             figures |= {**seen, f"{mark}gradient_norm": norm}
-        return figures, left
+        return figures, unchanged
 
-    def _expect_fewer(self, skipped: int) -> None:
+    def _expect_fewer(self, skipped: int, modules: list[str]) -> None:
         if skipped > self.run.max_skipped:
+            rates = [f"{'' if name == self.part else f'{name}_'}learning_rate" for name in modules]
             raise UserError(
                 f"{self.part}: no finite loss or gradient for {skipped} steps in a row; lower "
-                f"first_stage.{self.part}.learning_rate, or compute in float32; {self.folder} "
-                "keeps the last checkpoint"
+                f"first_stage.{self.part}.{' and '.join(rates)}, or compute in float32; "
+                f"{self.folder} keeps the last checkpoint"
             )
 
     def _checkpoint(self, step: int, val_loss: float | None) -> Checkpoint:

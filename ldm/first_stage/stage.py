@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ldm import code
+from ldm.aliases import fixed
 from ldm.artifacts import digest_json, making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
@@ -109,14 +110,17 @@ def first_stage(
 
 
 def settled_first_stage(config: FirstStage, device: torch.device) -> FirstStage:
-    """The same settings with the precision that the device gives ``auto``."""
-    parts = {part: getattr(config, part) for part in PARTS}
-    return config.model_copy(
-        update={
-            part: one.model_copy(update={"compute": precision_of(one.compute, device)})
-            for part, one in parts.items()
-        }
-    )
+    """The same settings with the precision that the device gives ``auto``.
+
+    And with the versions behind aliases, so that the same command goes on with them.
+    """
+    computed = {
+        part: one.model_copy(update={"compute": precision_of(one.compute, device)})
+        for part, one in ((part, getattr(config, part)) for part in PARTS)
+    }
+    computed["vae"] = computed["vae"].model_copy(update={"init": fixed(config.vae.init)})
+    text_encoder = config.text_encoder and fixed(config.text_encoder)
+    return config.model_copy(update={**computed, "text_encoder": text_encoder})
 
 
 def settings_of_result(config: FirstStage) -> dict[str, Any]:

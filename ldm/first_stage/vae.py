@@ -116,7 +116,7 @@ def _to_train(
     if side % (each := pixels_a_latent(vae)):
         raise UserError(
             f"first_stage.vae: wants sides that are multiples of {each}, and the pictures' are "
-            f"{side}; set ingest.image_size to such a multiple, or give it other widths"
+            f"{side}; set ingest.image_size to such a multiple"
         )
     if config.trains == "decoder":
         for part in (vae.encoder, vae.quant_conv):

@@ -45,8 +45,9 @@ from ldm.unet import Network, shape_of
 
 DECIDING = (
     *("cache", "denoiser", "device", "diffusion", "latents", "learning_rate", "lora", "unet"),
-    *("train/data", "train/draws", "train/ema", "train/fsdp", "train/objective", "train/order"),
-    *("train/optimizers", "train/skipped", "train/state", "train/trainer", "train/validation"),
+    *("train/compilation", "train/data", "train/draws", "train/ema", "train/fsdp"),
+    *("train/objective", "train/optimizers", "train/order", "train/skipped", "train/state"),
+    *("train/trainer", "train/validation"),
 )
 """Modules of ``ldm``, besides those in ``nn``, that decide what a step does."""
 

@@ -129,7 +129,7 @@ class Trainer:
 
         Then the step is on disk, and what was broken off is left to the next start.
         """
-        val_loss = None
+        val_loss, validated = None, None
         if self._validates_at(step):
             validated = self._validate(termination)
             if validated is None:
@@ -143,10 +143,12 @@ class Trainer:
                     "of a validation sample; train again with a lower train.learning_rate, or in "
                     "float32 (train.mixed_precision: no), or look at the latents"
                 )
-            log.write({"step": step, **validated})
         due = val_loss is not None or step % self.config.checkpoint_every == 0
         if due:
             self._save(saver, step, val_loss, log, last=step == self.config.steps)
+        if validated:
+            # Behind the checkpoint, which so has its loss wherever the log has this line.
+            log.write({"step": step, **validated})
         stopping = self._draws_at(step) and self._draw(step, termination)
         if stopping and not due:
             self._save(saver, step, None, log, last=True)
@@ -158,7 +160,7 @@ class Trainer:
         if self._validates_at(step) and not validated:
             return self._conclude(step, log, saver, termination)
         drawn = (self.folder / sheet_name(step)).is_file()
-        missing = self._draws_at(step) and self._anywhere(self._is_main and not drawn)
+        missing = self._draws_at(step) and self._on_any_process(self._is_main and not drawn)
         return missing and self._draw(step, termination)
 
     def _validates_at(self, step: int) -> bool:
@@ -272,9 +274,9 @@ class Trainer:
                 sheet = self.sheet.draw(self.folder, step, between, writes=self._is_main)
                 if self.live:
                     self.live.picture(sheet)
-        return self._anywhere(termination.signal is not None)
+        return self._on_any_process(termination.signal is not None)
 
-    def _anywhere(self, flag: bool) -> bool:
+    def _on_any_process(self, flag: bool) -> bool:
         """Whether one of the processes says so; all have to ask."""
         said = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(said, "sum") > 0)
