@@ -31,6 +31,7 @@ from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.params import load_params
 from ldm.pipeline import load_unet
 from ldm.sampling import Painter, Request
+from ldm.train.compilation import compile_steps
 from ldm.train.data import TrainingBatches
 from ldm.train.objective import Objective
 from ldm.train.sample_sheet import COLUMNS, sheet_name
@@ -218,6 +219,18 @@ def test_a_compiled_training_is_the_same_but_for_rounding(
     for part in ("weights", "ema", "optimizer"):
         eager, fast = (load_file(one / f"{part}.safetensors") for one in checkpoints)
         assert eager.keys() == fast.keys()
+
+
+@pytest.mark.parametrize(("device", "channels_last"), [("cuda", True), ("cpu", False)])
+def test_a_gpu_computes_compiled_convolutions_channels_last(
+    device: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler itself takes the option, and refuses those that it does not know."""
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: given.append(options))
+    compile_steps(torch.nn.Conv2d(1, 1, 1), torch.device(device), 1)
+    taken = torch._TorchCompileInductorWrapper(None, given[0]["options"], given[0]["dynamic"])
+    assert bool(taken.config.get("force_layout_optimization")) is channels_last
 
 
 def test_compiling_without_a_compiler_is_one_line(
