@@ -104,7 +104,7 @@ class Painter:
             size, at_a_time = (LANES, torch.get_num_threads()) if small else (1, 1)
         return in_full_batches(run, requests, size, at_a_time)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # Tensors of inference mode would be of no use to an FSDP training that draws.
     def trajectory(
         self,
         requests: Sequence[Request],
@@ -143,7 +143,7 @@ class Painter:
         name, steps = sampling.sampler, sampling.steps
         return make_sampler(name, self.schedule, steps, sampling.implementation)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def text_states(self, texts: Sequence[str]) -> torch.Tensor:
         """Hidden states of shape (n, tokens, width)."""
         ids = tokenize(self.tokenizer, texts).to(self.device)

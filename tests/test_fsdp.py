@@ -102,6 +102,23 @@ def test_so_does_diffusers_network_with_a_text_encoder(
 
 
 @pytest.mark.kills
+def test_a_sheet_that_was_left_undone_comes_before_the_first_step(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    settings = {**SPREAD, **SHEET, "keep_checkpoints": 9}
+    launched(pipeline, latents, tmp_path, **settings)
+    model, (sheet,) = tmp_path / "model", tmp_path.glob("runs/*/samples-00000008.png")
+    files, drawn = opening(model, "model", "train").files, sheet.read_bytes()
+    for path in (model, *tmp_path.glob("runs/*/step-*")):
+        if path == model or int(path.name.removeprefix("step-")) > 8:
+            shutil.rmtree(path)
+    sheet.unlink()
+    launched(pipeline, latents, tmp_path, **settings)
+    assert opening(model, "model", "train").files == files
+    assert sheet.read_bytes() == drawn
+
+
+@pytest.mark.kills
 def test_stopped_and_killed_it_ends_in_the_same_bytes(
     pipeline: Path, latents: Path, tmp_path: Path, spread: Path
 ) -> None:
