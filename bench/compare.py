@@ -13,10 +13,24 @@ def compare(title: str, first: Way, second: Way, units: float, rounds: int) -> f
     """Print units a second of both ways by round; the median of second over first."""
     for _, run in (first, second):
         run()
+
+    def speed(way: Way) -> Callable[[], float]:
+        return lambda: units / timed(way[1])
+
+    return in_turns(title, (first[0], speed(first)), (second[0], speed(second)), rounds)
+
+
+def in_turns(
+    title: str,
+    first: tuple[str, Callable[[], float]],
+    second: tuple[str, Callable[[], float]],
+    rounds: int,
+) -> float:
+    """Print both speeds, each measured by its function, by round; the median of their ratio."""
     print(f"\n{title}\n{first[0]:>24} {second[0]:>24} {'ratio':>7}")
     ratios = []
     for _ in range(rounds):
-        speeds = [units / timed(run) for _, run in (first, second)]
+        speeds = [measured() for _, measured in (first, second)]
         ratios.append(speeds[1] / speeds[0])
         print(f"{speeds[0]:24.2f} {speeds[1]:24.2f} {ratios[-1]:7.3f}", flush=True)
     print(f"{'median':>49} {median(ratios):7.3f}")

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench.trainer import BATCH, LATENTS, SOURCE, in_precision
-from ldm.device import device_of, plain_attention
+from bench.compare import in_turns
+from bench.trainer import BATCH, DEVICE, LATENTS, STEPS, repeated
+from ldm.cache import LatentCache
+from ldm.device import plain_attention
 from ldm.memory import keep_memory
-from ldm.pipeline import load_unet
 from ldm.run_log import LOG
+from ldm.train.data import TrainingBatches
 
 ROUNDS = 5
 FIRST, LAST = 40, 180
@@ -34,38 +36,32 @@ def main() -> None:
     if "--bare" in sys.argv:
         print(bare_speed())
         return
-    print(f"training, tiny, batch {BATCH}, as it is started: samples a second")
-    print(f"{'bare loop':>24} {'ldm train':>24} {'ratio':>7}")
-    ratios = []
-    for _ in range(ROUNDS):
-        command = [sys.executable, "-m", "bench.launched", "--bare"]
-        bare = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        ours = launched_speed()
-        ratios.append(ours / bare)
-        print(f"{bare:24.2f} {ours:24.2f} {ratios[-1]:7.3f}", flush=True)
-    print(f"{'median':>49} {median(ratios):7.3f}")
+    title = f"training, tiny, batch {BATCH}, as it is started: samples a second"
+    in_turns(title, ("bare loop", bare_in_its_process), ("ldm train", launched_speed), ROUNDS)
     for track in ("false", "true"):
         seconds = median(seconds_to_first_step(track) for _ in range(3))
         print(f"from the command to the first step, train.track {track}: {seconds:.1f} s")
 
 
+def bare_in_its_process() -> float:
+    """:func:`bare_speed` of a process of its own."""
+    command = [sys.executable, "-m", "bench.launched", "--bare"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@plain_attention(DEVICE)
 def bare_speed() -> float:
     """Of the step that does what it must, on one batch."""
-    from bench.loops import bare
-    from ldm.cache import LatentCache
-    from ldm.train.data import TrainingBatches
-
-    device = device_of()
-    keep_memory(device)
+    keep_memory(DEVICE)
     cache = LatentCache(LATENTS, "train")
     settings = {"seed": 0, "batch_size": BATCH, "timesteps": 1000, "caption_dropout": 0.1}
-    batch = TrainingBatches(cache, **settings)[0].to(device)
-    step = bare(load_unet(SOURCE).to(device).train(), lambda: batch, in_precision)
-    with plain_attention(device):
-        for number in range(LAST):
-            if number == FIRST:
-                begin = time.perf_counter()
-            step()
+    batch = TrainingBatches(cache, **settings)[0].to(DEVICE)
+    steps = repeated(lambda: batch)
+    for _ in range(FIRST // STEPS):
+        steps()
+    begin = time.perf_counter()
+    for _ in range((LAST - FIRST) // STEPS):
+        steps()
     return (LAST - FIRST) * BATCH / (time.perf_counter() - begin)
 
 

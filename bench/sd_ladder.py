@@ -88,7 +88,7 @@ def ladder(size: Size, rungs: Sequence[str] = tuple(RUNGS)) -> None:
 def climb(rung: Rung, size: Size) -> None:
     """Print the row of one, in a process of its own."""
     unet, pictures = stable_diffusion(), getattr(size, rung.batch)
-    flops, peak = operations(unet, size), peak_of_card()
+    flops, peak = sum(operations(unet, size).values()), peak_of_card()
     try:
         with stepping(rung, unet, random_batch(size, pictures)) as step:
             speed, memory = measured(step, pictures)
@@ -112,8 +112,8 @@ def stepping(rung: Rung, unet: Network, batch: Batch) -> Iterator[Callable[[], N
         yield step
 
 
-def operations(unet: Network, size: Size) -> float:
-    """Floating-point operations of a step for one picture, forward and backward.
+def operations(unet: Network, size: Size) -> dict[str, float]:
+    """Floating-point operations of a step for one picture, forward and backward, by operator.
 
     Those of the formulas: what fused attention computes again on the way back is not counted.
     """
@@ -121,7 +121,7 @@ def operations(unet: Network, size: Size) -> float:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         denoise(unet, batch.latents, batch.timesteps, batch.texts).square().mean().backward()
     unet.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
 def measured(step: Callable[[], None], pictures: int) -> tuple[float, float]:
@@ -145,16 +145,19 @@ def peak_of_card() -> float | None:
     return next((peak for known, peak in PEAK.items() if known in name), None)
 
 
+def asked() -> tuple[list[Size], list[str]]:
+    """The sizes and rungs that the command names."""
+    by_pixels = {str(size.pixels): size for size in SIZES}
+    sizes = [by_pixels[word] for word in sys.argv[1:] if word in by_pixels]
+    return sizes, [word for word in sys.argv[1:] if word in RUNGS]
+
+
 def main() -> None:
     """Print the asked rungs, all without any; or, as ``ladder`` asks, one of them here."""
     quieten()
-    asked = [word for word in sys.argv[1:] if word != "--small"]
-    alone = "--rung" in asked
-    by_pixels = {str(size.pixels): size for size in SIZES}
-    sizes = [by_pixels[word] for word in asked if word in by_pixels]
-    rungs = [word for word in asked if word in RUNGS]
+    sizes, rungs = asked()
     for size in sizes or SIZES:
-        if alone:
+        if "--rung" in sys.argv:
             climb(RUNGS[rungs[0]], size)
         else:
             ladder(size, rungs or tuple(RUNGS))

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench.sd_ladder import RUNGS, stepping
+from bench.sd_ladder import RUNGS, asked, operations, stepping
 from bench.sd_model import DEVICE, SIZES, random_batch, stable_diffusion, synchronize
 from ldm.device import plain_attention
 from ldm.quiet import quieten
@@ -25,19 +25,30 @@ KINDS = {
     "matrix product": ("gemm", "nvjet", "cublas", "cutlass", "splitk"),
 }
 """What a kernel's name contains, the first kind that fits."""
+COUNTED = {
+    "aten.convolution": "convolution",
+    "aten.convolution_backward": "convolution",
+    "aten.bmm": "attention",
+    "aten.mm": "matrix product",
+    "aten.addmm": "matrix product",
+}
+"""The kind that does an operator's operations."""
 
 
 @plain_attention(DEVICE)
 def main() -> None:
     """Profile the asked rung."""
     quieten()
-    by_pixels, asked = {str(size.pixels): size for size in SIZES}, sys.argv[1:]
-    size = next((by_pixels[word] for word in asked if word in by_pixels), None)
-    rung = next((RUNGS[word] for word in asked if word in RUNGS), None)
-    if size is None or rung is None:
-        sys.exit(f"bench: name a size ({', '.join(by_pixels)}) and a rung ({', '.join(RUNGS)})")
-    batch = random_batch(size, getattr(size, rung.batch))
-    with stepping(rung, stable_diffusion(), batch) as step:
+    sizes, rungs = asked()
+    if not sizes or not rungs:
+        there = ", ".join(str(size.pixels) for size in SIZES)
+        sys.exit(f"bench: name a size ({there}) and a rung ({', '.join(RUNGS)})")
+    size, rung, unet = sizes[0], RUNGS[rungs[0]], stable_diffusion()
+    pictures = getattr(size, rung.batch)
+    done: dict[str, float] = defaultdict(float)
+    for operator, flops in operations(unet, size).items():
+        done[COUNTED[operator]] += pictures * flops / 1e12
+    with stepping(rung, unet, random_batch(size, pictures)) as step:
         for _ in range(4):
             step()
         synchronize()
@@ -50,18 +61,20 @@ def main() -> None:
         for event in profiled.key_averages()
         if event.self_device_time_total and not event.key.startswith(("aten::", "Optimizer."))
     }
-    table(f"{rung.name.removeprefix('+ ')}, {size.pixels} pixels", kernels)
+    table(f"{rung.name.removeprefix('+ ')}, {size.pixels} pixels", kernels, done)
 
 
-def table(title: str, kernels: dict[str, float]) -> None:
-    """Print milliseconds a step by kind and of the longest kernels."""
+def table(title: str, kernels: dict[str, float], done: dict[str, float]) -> None:
+    """Print milliseconds a step by kind, with its TFLOP, and of the longest kernels."""
     kinds: dict[str, float] = defaultdict(float)
     for name, milliseconds in kernels.items():
         kinds[kind_of(name)] += milliseconds
     total = sum(kinds.values())
     print(f"\n{title}: {total:.1f} ms a step")
+    print(f"{'kind':>20} {'ms':>8} {'share':>6} {'TFLOP':>8} {'TFLOP/s':>8}")
     for name, milliseconds in longest(kinds):
-        print(f"{name:>20} {milliseconds:8.1f} {milliseconds / total:6.1%}")
+        rate = f"{done[name]:8.1f} {1000 * done[name] / milliseconds:8.0f}" if name in done else ""
+        print(f"{name:>20} {milliseconds:8.1f} {milliseconds / total:6.1%} {rate}")
     for name, milliseconds in longest(kernels)[:LONGEST]:
         print(f"{milliseconds:29.1f} {milliseconds / total:6.1%}  {name[:110]}")
 

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ldm import code
@@ -28,7 +27,7 @@ from ldm.first_stage.measured import CANDIDATES, measure
 from ldm.first_stage.parts import Given, Parts, save, text_encoder_of
 from ldm.first_stage.split import Split
 from ldm.first_stage.tokenizer import train_tokenizer
-from ldm.first_stage.vae import train_vae
+from ldm.first_stage.vae import side_of, train_vae
 from ldm.image_shards import SPLITS
 from ldm.images import encode_png
 from ldm.locks import held
@@ -93,7 +92,7 @@ def first_stage(
     ):
         run = Run(folder, **{name: getattr(config, name) for name in HOW}, live=live)
         parts = _train(config, training, held_out, run, device, given)
-        measured, sheet = measure(parts, held_out, device)
+        measured, sheet = measure(parts, held_out, run, device)
         counts = {"train": len(training)}
         with write("first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
             save(parts, given, fresh)
@@ -143,9 +142,10 @@ def _train(
     if given.text:
         return Parts(vae, *given.text)
     captions = training.captions
-    side = training.pictures(np.arange(1)).shape[1]
     tokenizer = train_tokenizer(config.clip, captions)
-    clip = train_clip(config.clip, tokenizer, training.pictures, captions, side, device, run)
+    clip = train_clip(
+        config.clip, tokenizer, training.pictures, captions, side_of(training), device, run
+    )
     text_encoder, reader = text_encoder_of(clip), None
     if config.layout.steps:
         latents = latents_of(vae, training.pictures, len(captions))

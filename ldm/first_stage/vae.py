@@ -37,6 +37,11 @@ class Pictures(Protocol):
         """uint8 (n, height, width, 3)."""
 
 
+def side_of(pictures: Pictures) -> int:
+    """In pixels; they are squares of one size."""
+    return int(pictures.pictures(np.arange(1)).shape[1])
+
+
 def build_vae(config: VaeTraining, image_size: int) -> AutoencoderKL:
     """An untrained AutoencoderKL: halves each side once for every width but the first."""
     depth = len(config.widths)
@@ -111,7 +116,7 @@ def _to_train(
     config: VaeTraining, start: AutoencoderKL | None, pictures: Pictures
 ) -> AutoencoderKL:
     """The VAE with gradients for what is trained of it."""
-    side = pictures.pictures(np.arange(1)).shape[1]
+    side = side_of(pictures)
     vae = (start or build_vae(config, side)).requires_grad_(True)
     if side % (each := pixels_a_latent(vae)):
         raise UserError(
