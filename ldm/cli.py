@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, full_disk_told
 from ldm.options import parser
@@ -43,6 +43,13 @@ def _params(options: argparse.Namespace) -> Params:
     return params
 
 
+def _resuming(options: argparse.Namespace) -> dict[str, Any]:
+    """Which run a training goes on from, and how."""
+    if options.changed and options.resume is None:
+        raise UserError("--changed: says what --resume RUN may do; give that too")
+    return {"resume": options.resume, "changed": options.changed}
+
+
 def _scenes(options: argparse.Namespace) -> None:
     from ldm.progress import say
     from ldm.scenes.lists import write_lists
@@ -66,10 +73,10 @@ def _first_stage(options: argparse.Namespace) -> None:
     from ldm.first_stage.stage import first_stage
     from ldm.remote.artifacts import reading
 
-    params = _params(options)
+    params, how = _params(options), _resuming(options)
     registry = params.registry if params.first_stage.track else None
     with reading(options.images, options.runs) as images:
-        first_stage(params.first_stage, images, options.out, options.runs, registry)
+        first_stage(params.first_stage, images, options.out, options.runs, registry, **how)
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -94,9 +101,7 @@ def _train(options: argparse.Namespace) -> None:
     from ldm.remote.artifacts import reading
     from ldm.train.stale import expect_current
 
-    if options.changed and options.resume is None:
-        raise UserError("--changed: says what --resume RUN may do; give that too")
-    params, how = _params(options), {"resume": options.resume, "changed": options.changed}
+    params, how = _params(options), _resuming(options)
     pictures = options.images
     if pictures is None and isinstance(options.latents, Path):
         pictures = options.latents.with_name("images")

@@ -37,18 +37,21 @@ def launch_training(
 ) -> None:
     """Run :mod:`ldm.train.stage` under ``accelerate launch``; see :func:`_launch`.
 
-    The version behind an alias in ``train.init`` is fixed here, and kept with the model.
+    The versions behind aliases are fixed here, and that of ``train.init`` kept with the model. Its
+    sheets are drawn as evaluation draws.
     """
     train = params.train.model_copy(update={"init": fixed(params.train.init)})
+    pipeline = fixed(params.pretrained.pipeline)
     request = TrainRequest(
         train=train,
-        pretrained=params.pretrained,
+        pretrained=params.pretrained.model_copy(update={"pipeline": pipeline}),
         latents=latents,
         out=out,
         runs=runs,
         resume=resume,
         changed=changed,
         registry=params.registry if train.track else None,
+        sampling=params.evaluate.sampling,
     )
     # How long torchrun lets processes stop: by default 30 s, less than a large checkpoint takes.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(train.patience_s))

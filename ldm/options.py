@@ -58,10 +58,11 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument(
         "--refetch", action="store_true", help="ask every URL again; pictures may not have changed"
     )
-    command(
+    first_stage = command(
         "first-stage", "train a VAE, and CLIP, for a domain of one's own",
         images=IMAGES, out=FIRST_STAGE, runs=RUNS,
     )  # fmt: skip
+    _resuming_options(first_stage)
     command(
         "encode", "pictures and captions to latents",
         images=IMAGES, out=LATENTS, runs=RUNS,
@@ -71,10 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--images", type=_location,
         help="what the latents must be of, if it is there; default: `images` beside the latents",
     )  # fmt: skip
-    training.add_argument("--resume", type=Path, metavar="RUN", help="go on from a folder of runs")
-    training.add_argument(
-        "--changed", action="store_true", help="with --resume: what differs from that run is meant"
-    )
+    _resuming_options(training)
     command("evaluate", "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", "log the training to MLflow, name it challenger",
@@ -100,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
     explain.add_argument("--out", type=Path, default=EXPLAINED, help=f"default: {EXPLAINED}")
     return parser
+
+
+def _resuming_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--resume", type=Path, metavar="RUN", help="go on from a folder of runs")
+    sub.add_argument(
+        "--changed", action="store_true", help="with --resume: what differs from that run is meant"
+    )
 
 
 def _generate_options(sub: argparse.ArgumentParser) -> None:

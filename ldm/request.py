@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ldm.config import Encode, Pretrained, Registry, Section, Train
+from ldm.config import Encode, EvaluationSampling, Pretrained, Registry, Section, Train
 from ldm.errors import UserError, full_disk_told
 from ldm.termination import LAUNCHER, ask_when_orphaned
 
@@ -27,6 +27,7 @@ class TrainRequest(Section):
     resume: Path | None = None
     changed: bool = False
     registry: Registry | None = None
+    sampling: EvaluationSampling = EvaluationSampling()
 
 
 class EncodeRequest(Section):

@@ -32,7 +32,7 @@ class StoppedError(Exception):
 
 
 class Termination:
-    """Remembers the first signal that asked; the training looks after every step."""
+    """Remembers the first signal that asked; the training looks now and then."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -40,11 +40,6 @@ class Termination:
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Handle a signal."""
         self.signal = self.signal or number
-
-    def check(self) -> None:
-        """Raise :class:`StoppedError` if it was asked."""
-        if self.signal is not None:
-            raise StoppedError
 
     @property
     def exit_code(self) -> int:

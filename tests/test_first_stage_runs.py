@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE, Popen
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from ldm.first_stage.stage import first_stage
 from ldm.first_stage.vae import reconstruct, train_vae
 from ldm.images import decode_image, psnr
 from ldm.learning_rate import rate_factor
-from ldm.run_log import metrics_of
+from ldm.run_log import entries, metrics_of
 from ldm.scenes.lists import caption_of
 from tests.conftest import Pixels, scenes
 from tests.launched import ROOT, wait_for
@@ -149,6 +150,8 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     assert [line["step"] for line in log] == [*range(1, 11)]
     assert sum("skipped" in line for line in log) == sum("loss" not in line for line in log) == 2
     assert all(metrics_of(line) for line in log)
+    suspects = [line["samples"] for line in log if "skipped" in line]
+    assert all(7 in samples and len(samples) == COUNT // 5 for samples in suspects)
     found = newest(tmp_path / "layout")
     assert all(one.isfinite().all() for one in text_encoder.state_dict().values())
     assert found is not None and all(one.isfinite().all() for one in found.weights.values())
@@ -165,6 +168,27 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_a_training(
     with pytest.raises(UserError, match=r"layout: no finite loss or gradient for 4 steps in a row"):
         layout_on(latents, run, pipeline)
     assert steps_in(tmp_path / "layout") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("part", [vae, clip], ids=lambda part: part.__name__)
+def test_the_samples_of_a_skipped_step_are_named(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Part
+) -> None:
+    """Those that the step chose: as many as a batch, and others in every step."""
+    clipped = torch.nn.utils.clip_grad_norm_
+
+    def never(*arguments: Any) -> torch.Tensor:
+        return torch.tensor(torch.nan) * clipped(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
+    keys = [f"key{number}" for number in range(COUNT)]
+    part(Run(tmp_path, checkpoint_every=99, log_every=1, keys=keys), pipeline)
+    log = entries(tmp_path / part.__name__ / "log.jsonl")
+    named = [line["samples"] for line in log if "samples" in line]
+    rng = np.random.default_rng(0)
+    assert len(named) == 10
+    assert named[0] == [keys[number] for number in rng.integers(COUNT, size=4)]
+    assert named[0] != named[1]
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -274,6 +298,37 @@ def test_the_stage_writes_parts_figures_and_a_sheet(
     assert len(list(runs.iterdir())) == 1
     first_stage(config.model_copy(update=other), images, tmp_path / "unseen", tmp_path / "others")
     assert opening(tmp_path / "unseen", "first-stage", "first-stage").files == made.files
+
+
+def test_more_steps_go_on_from_a_run(pipeline: Path, images: Path, tmp_path: Path) -> None:
+    """Under a schedule of their own; what has all its steps stays as it is."""
+    runs = tmp_path / "runs"
+
+    def trained(steps: int, resume: Path | None = None, *, changed: bool = False) -> Path:
+        asked = settings(pipeline)
+        config = FirstStage.model_validate({**asked, "vae": {**asked["vae"], "steps": steps}})
+        how = {"resume": resume, "changed": changed}
+        before = set(runs.glob("*"))
+        first_stage(config, images, tmp_path / f"out{steps}", runs, **how)
+        return next(iter(set(runs.glob("*")) - before), resume or runs)
+
+    earlier = trained(10)
+    assert trained(10, earlier) == earlier
+    with pytest.raises(UserError, match=r"trained otherwise \(first_stage\.vae\.steps 10 -> 14\)"):
+        trained(14, earlier)
+    with pytest.raises(UserError, match=r"vae: has taken 10 steps; raise first_stage\.vae\.steps"):
+        trained(9, earlier, changed=True)
+    later = trained(14, earlier, changed=True)
+    steps = {part: steps_in(later / part) for part in ("vae", "clip", "layout")}
+    assert steps == {"vae": [11, 12, 13, 14, 14], "clip": [], "layout": []}
+    start, end = (newest(run / "vae") for run in (earlier, later))
+    moments = [one.optimizer["vae.0.step"].item() for one in (start, end)]
+    assert moments == [10, 14]
+    made = [tmp_path / f"out{steps}" / "clip" / "model.safetensors" for steps in (10, 14)]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    wider = FirstStage.model_validate(settings(pipeline) | {"clip": {**CLIP, "width": 32}})
+    with pytest.raises(UserError, match="clip: trained other weights than this would"):
+        first_stage(wider, images, tmp_path / "wider", runs, resume=earlier, changed=True)
 
 
 def test_an_output_that_another_process_makes_is_refused_before_the_first_step(

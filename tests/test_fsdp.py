@@ -119,6 +119,25 @@ def test_a_sheet_that_was_left_undone_comes_before_the_first_step(
 
 
 @pytest.mark.kills
+def test_a_stop_breaks_a_sheet_off_in_all_processes(
+    pipeline: Path, latents: Path, tmp_path: Path, spread: Path
+) -> None:
+    """Sixty pictures take a second at least; the step's line comes before them."""
+    prompts = json.dumps([f"a red star {number}" for number in range(60)])
+    settings = {**SPREAD, **SHEET, "sample_prompts": prompts}
+    process = launch(pipeline, latents, tmp_path, **SETTINGS, **settings)
+    wait_for(partial(has_done, tmp_path, 8), process)
+    terminate(process)
+    assert process.wait() == 143
+    assert last(tmp_path).name == "step-00000008"
+    assert not list(tmp_path.glob("runs/*/*.png"))
+    launched(pipeline, latents, tmp_path, **settings)
+    assert len(list(tmp_path.glob("runs/*/*.png"))) == 2
+    stopped, straight = (opening(one / "model", "model", "train") for one in (tmp_path, spread))
+    assert stopped.files == straight.files
+
+
+@pytest.mark.kills
 def test_stopped_and_killed_it_ends_in_the_same_bytes(
     pipeline: Path, latents: Path, tmp_path: Path, spread: Path
 ) -> None:

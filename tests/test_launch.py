@@ -15,6 +15,7 @@ from ldm.config import Encode, Params, Train
 from ldm.device import CPU_ASKED
 from ldm.errors import UserError
 from ldm.launch import configuration_of, launch_encoding, launch_training
+from ldm.request import REQUEST, TrainRequest
 from tests.launched import ROOT
 
 OWN = ROOT / "infra/accelerate"
@@ -157,3 +158,20 @@ def test_a_stop_may_take_as_long_as_a_training_is_patient(
     params = Params.model_validate({"train": {"patience_s": 77, "track": False}})
     launch_training(params, tmp_path, tmp_path / "model", tmp_path / "runs")
     assert found == ["77"]
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_a_training_draws_its_sheets_as_evaluation_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def launched(*_: str) -> int:
+        asked.append(TrainRequest.model_validate_json(os.environ[REQUEST]).sampling)
+        return 0
+
+    monkeypatch.setattr(ldm.launch, "_launched", launched)
+    settings = {"train": {"track": False}, "evaluate": {"sampling": {"guidance": 7.5, "steps": 3}}}
+    params = Params.model_validate(settings)
+    launch_training(params, tmp_path, tmp_path / "model", tmp_path / "runs")
+    assert asked == [params.evaluate.sampling]

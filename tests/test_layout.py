@@ -119,6 +119,7 @@ def needed_by(module: str, seen: set[str]) -> set[str]:
 KEEPING = {
     "checkpoint",
     "memory",
+    "milestones",
     "models",
     "optimizer_state",
     "request",

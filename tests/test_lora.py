@@ -22,6 +22,7 @@ from ldm.pipeline import load_unet
 from ldm.sampling import Painter, Request
 from ldm.train.stage import train
 from ldm.unet import denoise
+from tests.launched import launch
 from tests.test_options import differ
 from tests.test_train import run_here, weights
 
@@ -222,6 +223,22 @@ def test_each_setting_changes_what_is_learnt(
     one = run_here(pipeline, latents, tmp_path / "one", lora=lora, **settings)
     two = run_here(pipeline, latents, tmp_path / "two", lora={**lora, **other}, **settings)
     assert differ(one, two)
+
+
+@pytest.mark.kills
+def test_two_processes_drop_what_one_does_that_accumulates(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    together = {"accelerate": "infra/accelerate/cpu-ddp.yaml"}
+    settings = {"lora": json.dumps({"dropout": 0.4}), "steps": 6, **STRONG}
+    others = ({"accumulation": 2}, together, {**together, "lora": json.dumps({})})
+    for number, other in enumerate(others):
+        process = launch(pipeline, latents, tmp_path / str(number), **{**settings, **other})
+        assert process.wait() == 0
+    one, two, undropped = (weights(tmp_path / str(number) / "model") for number in range(3))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(one, undropped, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["ldm", "diffusers"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ldm.artifacts import opening
 from ldm.cache import LatentCache
-from ldm.config import NoiseSchedule, Sampling, Train
+from ldm.config import EvaluationSampling, NoiseSchedule, Pretrained, Train
 from ldm.device import plain_attention
 from ldm.errors import UserError
 from ldm.grid import captioned_grid
@@ -35,7 +35,8 @@ from ldm.train.compilation import compile_steps
 from ldm.train.data import TrainingBatches
 from ldm.train.objective import Objective
 from ldm.train.sample_sheet import COLUMNS, sheet_name
-from tests.launched import launch
+from ldm.train.stage import train
+from tests.launched import SHORT, launch
 from tests.test_train import read_log, run_here, weights
 
 SMALL = {"widths": [16, 32], "head_width": 8, "norm_groups": 4}
@@ -286,13 +287,17 @@ def test_a_sheet_is_drawn_by_the_averaged_weights_each_picture_under_a_seed_of_i
     """The same ones on every sheet; and a checkpoint draws by its averaged weights."""
     prompts = ["a red star", "a red star", "two blue stars"]
     settings = {"sample_every": 6, "sample_prompts": prompts, "checkpoint_every": 6}
-    run_here(pipeline, latents, tmp_path, **settings, learning_rate=1e-2)
+    settings |= {"learning_rate": 1e-2, "mixed_precision": "no"}
+    config = Train.model_validate({**SHORT, **settings})
+    how = EvaluationSampling(steps=4, guidance=5)
+    paths = (latents, tmp_path / "model", tmp_path / "runs")
+    train(config, Pretrained(pipeline=str(pipeline)), *paths, sampling=how)
     (run,) = (tmp_path / "runs").iterdir()
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     for step in (6, 12):
         painter = Painter.load(Source(str(run / f"step-{step:08d}")))
         with plain_attention(painter.device):
-            pictures = list(painter.draw(requests, Sampling(compute="auto")))
+            pictures = list(painter.draw(requests, how))
         sheet = decode_image((run / sheet_name(step)).read_bytes())
         assert np.array_equal(sheet, captioned_grid(pictures, prompts, COLUMNS))
 

@@ -108,6 +108,43 @@ def test_a_stop_seen_in_a_step_waits_for_no_validation_and_no_sheet(
     assert (run_of(tmp_path) / "samples-00000006.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch", "long_s", "saved"),
+    [(1, 0.0, []), (13, 0.0, [5, 6]), (13, 600.0, [6, 7]), (14, 0.0, [6, 7])],
+    ids=["the first step", "a long step", "a short step", "its last part"],
+)
+def test_a_stop_amid_a_step_that_takes_long_leaves_it(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    long_s: float,
+    saved: list[int],
+) -> None:
+    """Two micro-batches are a step: the 13th is the first of step 7."""
+    settings = {**EVERY, "accumulation": 2}
+    whole = run_here(pipeline, latents, tmp_path / "whole", **settings)
+    loss, batches = Objective.loss, []
+
+    def asked(self: Objective, *arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            batches.append(1)
+            if len(batches) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", asked)
+    monkeypatch.setattr(ldm.train.trainer, "LONG_S", long_s)
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path / "stopped", **settings)
+    monkeypatch.undo()
+    assert len(batches) == (batch if long_s == 0 else batch + 1)
+    assert checkpoints(tmp_path / "stopped") == [f"step-{step:08d}" for step in saved]
+    model = run_here(pipeline, latents, tmp_path / "stopped", **settings)
+    assert digest_tree(model) == digest_tree(whole)
+
+
 @pytest.mark.parametrize("at", [5, 6, 12], ids=["plain", "validated", "last"])
 def test_a_stop_within_a_sheet_breaks_it_off(
     pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int

@@ -28,8 +28,8 @@ from ldm.checkpoint import folders
 from ldm.config import Params, Section, Train
 from ldm.models import Source
 from ldm.noise_schedule import load_schedule
+from ldm.runs import folder_of
 from ldm.train.data import Batch, TrainingBatches
-from ldm.train.runs import folder_of
 from ldm.train.settings import settings_of_result
 from ldm.train.stage import settled_training
 from ldm.train.trainer import Trainer

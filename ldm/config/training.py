@@ -131,7 +131,8 @@ class Train(Section):
     validate_every: Count = 200
     checkpoint_every: Count = 200
     sample_every: Count | None = 600
-    """Steps between sheets of samples, ``samples-NNNNNNNN.png`` in the run's folder; null: none."""
+    """Steps between sheets of samples, ``samples-NNNNNNNN.png`` in the run's folder, drawn as
+    ``evaluate.sampling`` says; null: none."""
     sample_prompts: tuple[str, ...] = ()
     """What a sheet shows, always under the same seeds; by default the first of the validation
     captions."""

@@ -70,7 +70,7 @@ def train_clip(
     loop = Loop("clip", config, run, {"clip": Trained(clip, optimizer)})
 
     def losses(_: int) -> Losses:
-        chosen = loop.rng.integers(len(captions), size=config.batch_size)
+        chosen = loop.choose(len(captions))
         with autocast(device, config.compute):
             seen = embed_pictures(clip, pictures(chosen), device)
             wrong = rearranged.some_of_each(tokens[chosen], config.rearranged, loop.rng)

@@ -78,6 +78,7 @@ def train_layout(
 
     def losses(_: int) -> Losses:
         chosen = next(left)
+        loop.chosen = chosen.numpy()
         with autocast(device, config.compute):
             found = errors(text_encoder, reader, tokens[chosen], latents[chosen], device)
         loss = found.mean()

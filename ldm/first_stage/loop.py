@@ -7,7 +7,7 @@ state. What is shown of it on the way draws nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from ldm.config import PartTraining
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.learning_rate import rate_factor
+from ldm.milestones import Milestones
 from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.progress import progress
-from ldm.run_log import LOG, RunLog
+from ldm.run_log import LOG, Entry, RunLog
 from ldm.saver import Saver
 from ldm.termination import Termination, taken_over
 from ldm.tracking.live import Live
@@ -40,8 +41,9 @@ Losses = Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 class Run:
     """Where checkpoints, logs and sheets lie, a folder a part, and how often each, in steps.
 
-    ``live`` is told of logs and sheets. More than ``max_skipped`` steps in a row without a finite
-    loss and gradient end a training.
+    A part without a checkpoint starts from the newest of ``earlier``, another run, if that is
+    given. More than ``max_skipped`` steps in a row without a finite loss and gradient end a
+    training; the log calls their samples by ``keys``. ``live`` is told of logs and sheets.
     """
 
     folder: Path
@@ -50,6 +52,8 @@ class Run:
     validate_every: int | None = None
     sheet_every: int | None = None
     max_skipped: int = 10
+    earlier: Path | None = None
+    keys: Sequence[str] | None = None
     live: Live | None = None
 
 
@@ -74,7 +78,8 @@ class Trained(NamedTuple):
 class Loop:
     """The way of one part's modules, by name, from the newest checkpoint to the last step.
 
-    ``first``: steps done already; ``rng``: for what a step draws.
+    ``first``: steps done already; ``rng``: for what a step draws; ``chosen``: the numbers of the
+    samples that the step learns from, for who takes it to say.
     """
 
     def __init__(
@@ -85,7 +90,13 @@ class Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.modules = torch.nn.ModuleDict({name: one.module for name, one in trained.items()})
         self.rng = np.random.default_rng(config.seed)
+        self.chosen = np.empty(0, np.int64)
         self.first = self._resume()
+
+    def choose(self, samples: int) -> np.ndarray:
+        """The numbers of a batch of so many samples, drawn anew."""
+        self.chosen = self.rng.integers(samples, size=self.config.batch_size)
+        return self.chosen
 
     def train(self, losses: Callable[[int], Losses], held_out: HeldOut | None = None) -> None:
         """Take the steps that are left; ``losses(step)`` says what each minimises.
@@ -105,7 +116,8 @@ class Loop:
         optimizers = [one.optimizer for one in self.trained.values()]
         peaks = [(group, group["lr"]) for one in optimizers for group in one.param_groups]
         with taken_over(termination.ask), Saver(self.folder, KEPT) as saver:
-            stopping = self._go_on_after(held_out, log, saver, termination)
+            milestones = self._milestones(held_out, log, saver, termination)
+            stopping = self.first > 0 and milestones.catch_up(self.first)
             for step in bar:
                 if stopping:
                     break
@@ -115,7 +127,7 @@ class Loop:
                 figures, unchanged = self._step(step, losses)
                 done = step + 1
                 if unchanged:
-                    log.write({"part": self.part, "step": done, "skipped": unchanged})
+                    log.write(self._skipped(done, unchanged))
                     skipped += 1
                     self._expect_fewer(skipped, unchanged)
                 else:
@@ -123,9 +135,38 @@ class Loop:
                     if done == steps or done % self.run.log_every == 0:
                         rate = self.config.learning_rate * factor
                         bar.set_postfix_str(self._write(log, done, rate, figures), refresh=False)
-                stopping = self._conclude(done, held_out, log, saver, termination)
+                asked = termination.signal is not None
+                stopping = milestones.conclude(done, stopping=asked)
         if termination.signal is not None:
             raise SystemExit(termination.exit_code)
+
+    def _milestones(
+        self, held_out: HeldOut | None, log: RunLog, saver: Saver, termination: Termination
+    ) -> Milestones:
+        """What is due after the steps; without ``held_out``, nothing but checkpoints."""
+
+        def validate(_: int) -> Entry | None:
+            assert held_out
+            found = held_out.error(termination)
+            return found and {"part": self.part, "val_loss": found[0], **found[1]}
+
+        def save(step: int, val_loss: float | None, *, last: bool) -> None:
+            log.sync()
+            saver.save(self._checkpoint(step, val_loss), last=last)
+
+        def draw(step: int) -> bool:
+            assert held_out
+            self._show(held_out.sheet(), step)
+            return termination.signal is not None
+
+        def drawn(step: int) -> bool:
+            return self._sheet(step).is_file()
+
+        run = self.run
+        every = (run.validate_every, run.checkpoint_every, run.sheet_every)
+        if held_out is None:
+            every = (None, run.checkpoint_every, None)
+        return Milestones(self.config.steps, *every, log, validate, save, draw, drawn)
 
     def _write(
         self, log: RunLog, step: int, rate: float, figures: Mapping[str, torch.Tensor]
@@ -136,55 +177,6 @@ class Loop:
         shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
         shown += [f"lr {rate:.1e}", f"gradient {rounded['gradient_norm']:.2f}"]
         return ", ".join(shown)
-
-    def _conclude(
-        self,
-        step: int,
-        held_out: HeldOut | None,
-        log: RunLog,
-        saver: Saver,
-        termination: Termination,
-    ) -> bool:
-        """What is due after a step: validation, checkpoint, sheet; True if it was asked to stop.
-
-        Then validation and sheet are left to the next start: they draw from no generator.
-        """
-        found, stopping = None, termination.signal is not None
-        if held_out and self._validates_at(step) and not stopping:
-            found = held_out.error(termination)
-            stopping = found is None
-        val_loss = found[0] if found else None
-        last = step == self.config.steps or stopping
-        if last or found or step % self.run.checkpoint_every == 0:
-            log.sync()
-            saver.save(self._checkpoint(step, val_loss), last=last)
-        if found:
-            # Behind the checkpoint, which so has its loss wherever the log has this line.
-            log.write({"part": self.part, "step": step, "val_loss": val_loss, **found[1]})
-        if held_out and self._shows_at(step) and not stopping:
-            self._show(held_out.sheet(), step)
-        return stopping
-
-    def _go_on_after(
-        self, held_out: HeldOut | None, log: RunLog, saver: Saver, termination: Termination
-    ) -> bool:
-        """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
-        step = self.first
-        if held_out is None or not step:
-            return False
-        validated = any(one["step"] == step and "val_loss" in one for one in log.kept)
-        if self._validates_at(step) and not validated:
-            return self._conclude(step, held_out, log, saver, termination)
-        if self._shows_at(step) and not self._sheet(step).is_file():
-            self._show(held_out.sheet(), step)
-        return False
-
-    def _validates_at(self, step: int) -> bool:
-        every = self.run.validate_every
-        return every is not None and (step == self.config.steps or step % every == 0)
-
-    def _shows_at(self, step: int) -> bool:
-        return step % (self.run.sheet_every or step + 1) == 0
 
     def _sheet(self, step: int) -> Path:
         return self.folder / f"{SHEETS}-{step:08d}.png"
@@ -219,13 +211,19 @@ class Loop:
             figures |= {**seen, f"{mark}gradient_norm": norm}
         return figures, unchanged
 
+    def _skipped(self, step: int, modules: list[str]) -> Entry:
+        """The line of a step that left ``modules`` as they were; each sample may be why."""
+        keys, numbers = self.run.keys, self.chosen.tolist()
+        samples = [keys[number] for number in numbers] if keys else numbers
+        return {"part": self.part, "step": step, "skipped": modules, "samples": samples}
+
     def _expect_fewer(self, skipped: int, modules: list[str]) -> None:
         if skipped > self.run.max_skipped:
             rates = [f"{'' if name == self.part else f'{name}_'}learning_rate" for name in modules]
             raise UserError(
-                f"{self.part}: no finite loss or gradient for {skipped} steps in a row; lower "
-                f"first_stage.{self.part}.{' and '.join(rates)}, or compute in float32; "
-                f"{self.folder} keeps the last checkpoint"
+                f"{self.part}: no finite loss or gradient for {skipped} steps in a row; "
+                f"{self.folder / LOG} names the samples; lower "
+                f"first_stage.{self.part}.{' and '.join(rates)}, or compute in float32"
             )
 
     def _checkpoint(self, step: int, val_loss: float | None) -> Checkpoint:
@@ -238,10 +236,32 @@ class Loop:
         return Checkpoint(step, weights, {}, optimizer, val_loss, random)
 
     def _resume(self) -> int:
-        """Load the newest whole checkpoint, if there is one; the number of steps done."""
+        """Load the newest whole checkpoint, if there is one; the number of steps done.
+
+        UserError for another run's of another network, or of more steps than this is to take.
+        """
         found = newest(self.folder)
+        if found is not None:
+            self._restore(found)
+            return found.step
+        earlier = self.run.earlier and self.run.earlier / self.part
+        found = newest(earlier) if earlier else None
         if found is None:
             return 0
+        if found.step > self.config.steps:
+            raise UserError(
+                f"{earlier}: has taken {found.step} steps; raise first_stage.{self.part}.steps to "
+                "that, or above"
+            )
+        try:
+            self._restore(found)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{earlier}: trained other weights than this would; leave out --resume"
+            ) from error
+        return found.step
+
+    def _restore(self, found: Checkpoint) -> None:
         self.modules.load_state_dict(found.weights)
         for name, one in self.trained.items():
             start = f"{name}."
@@ -252,7 +272,6 @@ class Loop:
             }
             restore_optimizer(one.optimizer, own)
         set_random_state(self.rng, found.random)
-        return found.step
 
 
 def random_state(rng: np.random.Generator) -> Tensors:

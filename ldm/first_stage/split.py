@@ -10,17 +10,17 @@ from ldm.images import decode_image
 
 
 class Split:
-    """A split of an images artifact: ``captions``, and pictures by their numbers."""
+    """A split of an images artifact: ``keys``, ``captions``, and pictures by their numbers."""
 
     def __init__(self, images: Manifest, split: str) -> None:
         self._reader = ImageReader(images, split)
-        self._keys = self._reader.keys
-        self.captions = [self._reader.caption(key) for key in self._keys]
+        self.keys = self._reader.keys
+        self.captions = [self._reader.caption(key) for key in self.keys]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         """uint8 (n, height, width, 3)."""
-        files = (self._reader.picture(self._keys[number]) for number in numbers)
+        files = (self._reader.picture(self.keys[number]) for number in numbers)
         return np.stack([decode_image(file) for file in files])

@@ -16,7 +16,7 @@ import torch
 
 from ldm import code
 from ldm.aliases import fixed
-from ldm.artifacts import digest_json, making, opening, write_json, write_whole
+from ldm.artifacts import making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
@@ -34,6 +34,7 @@ from ldm.locks import held
 from ldm.memory import keep_memory
 from ldm.progress import say
 from ldm.run_log import LOG
+from ldm.runs import Identity, continued, describe, folder_of
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 
@@ -53,7 +54,14 @@ DECIDING = (
 
 
 def first_stage(
-    config: FirstStage, images: Path, out: Path, runs: Path, registry: Registry | None = None
+    config: FirstStage,
+    images: Path,
+    out: Path,
+    runs: Path,
+    registry: Registry | None = None,
+    *,
+    resume: Path | None = None,
+    changed: bool = False,
 ) -> None:
     """Train on the images artifact's training split, measure on its validation split.
 
@@ -62,8 +70,9 @@ def first_stage(
     ``measured.json`` {vae_psnr_db, clip_retrieval, clip_order, text_order}, the last with a layout
     phase. With ``config.text_encoder`` there is no ``clip`` and no figure but the first.
     Checkpoints go to a folder of ``runs`` named by a digest of the settings, the images and the
-    code that decides the result. With ``registry`` MLflow shows the training as it goes, and
-    what was measured.
+    code that decides the result. With ``resume`` each part goes on from where that run's stands;
+    ``changed`` says that what differs from it is meant. With ``registry`` MLflow shows the training
+    as it goes, and what was measured.
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and UserError
     while another process writes the same.
@@ -81,8 +90,12 @@ def first_stage(
     inputs = {"images": pictures.digest, **given.digests()}
     settings = settings_of_result(config)
     deciding = code.digests(*DECIDING, "first_stage")
-    name = digest_json({"config": settings, "inputs": inputs, "code": deciding})[:12]
-    folder = runs / f"first-stage-{name}"
+    identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
+    if resume is not None:
+        identity = continued(
+            identity, resume, changed=changed, section="first_stage", part=PARTS[0]
+        )
+    folder = folder_of(runs, identity, "first-stage-")
     training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
         held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
@@ -90,7 +103,9 @@ def first_stage(
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
         plain_attention(device),
     ):
-        run = Run(folder, **{name: getattr(config, name) for name in HOW}, live=live)
+        describe(folder, identity)
+        how = {name: getattr(config, name) for name in HOW}
+        run = Run(folder, **how, earlier=resume, keys=training.keys, live=live)
         parts = _train(config, training, held_out, run, device, given)
         measured, sheet = measure(parts, held_out, run, device)
         counts = {"train": len(training)}

@@ -93,8 +93,8 @@ def train_vae(
     loss = VaeLoss(config, vae, tower, discriminator)
 
     def losses(step: int) -> Losses:
-        chosen = loop.rng.integers(len(training), size=config.batch_size)
-        return loss.of(to_model(training.pictures(chosen)).to(device), step)
+        pixels = to_model(training.pictures(loop.choose(len(training))))
+        return loss.of(pixels.to(device), step)
 
     def sheet() -> np.ndarray:
         with evaluating(vae):

@@ -83,8 +83,12 @@ class TrainingBatches(Dataset[Batch]):
         self.rank, self.processes, self.share = rank, processes, batch_size // processes
 
     def __getitem__(self, micro_batch: int) -> Batch:
+        return self.at(self.positions(micro_batch))
+
+    def positions(self, micro_batch: int) -> range:
+        """This process's of a micro-batch."""
         first = micro_batch * self.batch_size + self.rank * self.share
-        return self.at(range(first, first + self.share))
+        return range(first, first + self.share)
 
     def at(self, positions: range) -> Batch:
         """The batch of these positions. All are asked of the disk before one is waited for."""

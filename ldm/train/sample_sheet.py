@@ -38,6 +38,7 @@ class SampleSheet:
     def of(
         cls,
         config: Train,
+        sampling: Sampling,
         held_out: LatentCache,
         encoders: Encoders,
         unet: Network,
@@ -54,7 +55,7 @@ class SampleSheet:
         # One that has been used is saved with other settings.
         tokenizer = deepcopy(encoders.tokenizer)
         painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
-        return cls(painter, config.sample_prompts or tuple(first), Sampling(compute="auto"))
+        return cls(painter, config.sample_prompts or tuple(first), sampling)
 
     def draw(
         self, run: Path, step: int, between: Callable[[], None], *, writes: bool = True

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from ldm import checkpoint, code
 from ldm.artifacts import digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
-from ldm.config import Pretrained, Registry, Train
+from ldm.config import EvaluationSampling, Pretrained, Registry, Sampling, Train
 from ldm.denoiser import Denoiser
 from ldm.device import device_of, only_deterministic, plain_attention
 from ldm.latents import IDS, STATES
@@ -29,6 +29,7 @@ from ldm.pipeline import load_model, save_pipeline
 from ldm.progress import say
 from ldm.request import TrainRequest, serve
 from ldm.run_log import LOG, last_val_loss
+from ldm.runs import RUN, Identity, continued, describe, folder_of, unfinished
 from ldm.termination import Termination, taken_over
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
@@ -36,7 +37,6 @@ from ldm.train import fsdp
 from ldm.train.compilation import compile_steps
 from ldm.train.objective import Objective
 from ldm.train.order import by_shape
-from ldm.train.runs import RUN, Identity, continued, describe, folder_of, unfinished
 from ldm.train.sample_sheet import SampleSheet
 from ldm.train.settings import accelerator_for, check_batch, settings_of_result, settled_training
 from ldm.train.starting_point import starting_point
@@ -62,6 +62,7 @@ def train(
     resume: Path | None = None,
     changed: bool = False,
     registry: Registry | None = None,
+    sampling: Sampling | None = None,
 ) -> None:
     """Train and write a pipeline folder with the averaged weights to ``out``.
 
@@ -69,6 +70,7 @@ def train(
     latents, the starting weights and the code that decides the result: a finished run of other code
     is not gone on with. With ``resume`` it goes on from where that run stands; ``changed`` says
     that what differs from it is meant. With ``registry`` MLflow shows the training as it goes.
+    Sheets are drawn by ``sampling``, or as evaluation draws by default.
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with a checkpoint of the last step written.
     """
@@ -113,7 +115,7 @@ def train(
             describe(run, identity)
             checkpoint.describe(run, about)
         # Who draws no sheets need not hold what draws them.
-        draws = (config, held_out, encoders, unet, schedule)
+        draws = (config, sampling or EvaluationSampling(), held_out, encoders, unet, schedule)
         sheet = SampleSheet.of(*draws) if main or sharded else None
         trainer = Trainer(
             *(accelerator, config, objective, cache, held_out, denoiser, run),
@@ -194,6 +196,7 @@ def _asked(asked: TrainRequest) -> None:
         resume=asked.resume,
         changed=asked.changed,
         registry=asked.registry,
+        sampling=asked.sampling,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ldm.config import Train
 from ldm.denoiser import Denoiser, trained
 from ldm.errors import UserError
 from ldm.learning_rate import rate_factor
+from ldm.milestones import Milestones, Save
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
@@ -32,6 +34,9 @@ from ldm.train.sample_sheet import SampleSheet, sheet_name
 from ldm.train.skipped import SkippedSteps
 from ldm.train.state import TrainingState
 from ldm.train.validation import validation_loss
+
+LONG_S = 2.0
+"""Steps that take longer look between their micro-batches for a signal that asks to stop."""
 
 
 class Trainer:
@@ -73,6 +78,7 @@ class Trainer:
                 denoiser, make_optimizer(config, denoiser)
             )
         self.parameters = list(self.prepared.parameters())
+        self._takes_long = True  # As the first step may; then as the one before did.
         self.ema = Ema(trained(denoiser), config.ema_decay, config.steps)
         self.state = TrainingState(accelerator, denoiser, self.optimizer, self.ema, sharded)
         self.batches = TrainingBatches(
@@ -106,68 +112,34 @@ class Trainer:
             Saver(self.folder, config.keep_checkpoints) as saver,
             closing(self.micro_batches(first)) as micro_batches,
         ):
-            stopping = own and self._go_on_after(first, log, saver, termination)
+            milestones = self._milestones(log, saver, termination)
+            stopping = own and milestones.catch_up(first)
             for step in range(first, config.steps):
                 if stopping:
                     return False
                 rate = self._set_rates(step)
-                loss, norm, stopping = self.step(step, micro_batches, termination, skipped)
+                try:
+                    loss, norm, stopping = self.step(step, micro_batches, termination, skipped)
+                except StoppedError:
+                    if step > first:
+                        milestones.conclude(step, stopping=True)
+                    return False
                 done = step + 1
                 if done % config.log_every == 0 and math.isfinite(loss + norm):
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
                     shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
                     bar.set_postfix_str(shown, refresh=False)
-                if stopping:
-                    self._save(saver, done, None, log, last=True)
-                else:
-                    stopping = self._conclude(done, log, saver, termination)
+                stopping = milestones.conclude(done, stopping=stopping)
                 bar.update(size)
         return not stopping
 
-    def _conclude(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
-        """What is due after a step: validation, checkpoint, sheet; True if it was asked to stop.
-
-        Then the step is on disk, and what was broken off is left to the next start.
-        """
-        val_loss, validated = None, None
-        if self._validates_at(step):
-            validated = self._validate(termination)
-            if validated is None:
-                self._save(saver, step, None, log, last=True)
-                return True
-            val_loss = validated["val_loss"]
-            if not math.isfinite(val_loss):
-                self._save(saver, step, None, log, last=True)
-                raise UserError(
-                    f"{self.folder}: the validation loss is not finite, of the averaged weights or "
-                    "of a validation sample; train again with a lower train.learning_rate, or in "
-                    "float32 (train.mixed_precision: no), or look at the latents"
-                )
-        due = val_loss is not None or step % self.config.checkpoint_every == 0
-        if due:
-            self._save(saver, step, val_loss, log, last=step == self.config.steps)
-        if validated:
-            # Behind the checkpoint, which so has its loss wherever the log has this line.
-            log.write({"step": step, **validated})
-        stopping = self._draws_at(step) and self._draw(step, termination)
-        if stopping and not due:
-            self._save(saver, step, None, log, last=True)
-        return stopping
-
-    def _go_on_after(self, step: int, log: RunLog, saver: Saver, termination: Termination) -> bool:
-        """Conclude the step of the checkpoint that was resumed from, if a stop left that undone."""
-        validated = any(one["step"] == step and "val_loss" in one for one in log.kept)
-        if self._validates_at(step) and not validated:
-            return self._conclude(step, log, saver, termination)
-        drawn = (self.folder / sheet_name(step)).is_file()
-        missing = self._draws_at(step) and self._on_any_process(self._is_main and not drawn)
-        return missing and self._draw(step, termination)
-
-    def _validates_at(self, step: int) -> bool:
-        return step == self.config.steps or step % self.config.validate_every == 0
-
-    def _draws_at(self, step: int) -> bool:
-        return step % (self.config.sample_every or step + 1) == 0
+    def _milestones(self, log: RunLog, saver: Saver, termination: Termination) -> Milestones:
+        """What is due after the steps of a run."""
+        config, save = self.config, partial(self._save, saver, log)
+        validate = partial(self._validate, save, termination)
+        draw = partial(self._draw, termination)
+        every = (config.validate_every, config.checkpoint_every, config.sample_every)
+        return Milestones(config.steps, *every, log, validate, save, draw, self._drawn)
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
@@ -189,11 +161,14 @@ class Trainer:
         """One optimizer step: mean loss, gradient norm before clipping, whether to stop.
 
         A step whose gradient is not finite changes nothing. All processes see the same figures, and
-        so decide alike.
+        so decide alike. StoppedError, with nothing changed, if one was asked to stop amid a step
+        that takes long.
         """
-        accelerator = self.accelerator
+        accelerator, begin = self.accelerator, monotonic()
         losses = []
         for part in range(self.config.accumulation):
+            if part and self._takes_long and self._on_any_process(termination.signal is not None):
+                raise StoppedError
             batch = next(micro_batches).to(accelerator.device)
             self._seed_dropout(step * self.config.accumulation + part)
             with accelerator.accumulate(self.prepared), accelerator.autocast():
@@ -201,9 +176,8 @@ class Trainer:
                 accelerator.backward(each.mean())
             losses.append(each.detach())
         gradient = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        asked = termination.signal is not None
-        each_loss = torch.stack(losses)
-        loss, norm, stopping = self._figures(each_loss, gradient, asked)
+        each_loss, asked = torch.stack(losses), termination.signal is not None
+        loss, norm, stopping = self._figures(each_loss, gradient, asked, monotonic() - begin)
         # A scaler is told of each gradient, and of nothing else.
         finite = math.isfinite(norm) and (accelerator.scaler is not None or math.isfinite(loss))
         # A scaler finds its scale by overflowing, and skips such steps itself.
@@ -218,33 +192,45 @@ class Trainer:
         return round(loss, 6), round(norm, 4), stopping
 
     def _figures(
-        self, losses: torch.Tensor, norm: torch.Tensor, asked: bool
+        self, losses: torch.Tensor, norm: torch.Tensor, asked: bool, seconds: float
     ) -> tuple[float, float, bool]:
         """Mean loss over the processes, gradient norm, whether one of them was asked to stop.
+
+        The step took them so many seconds.
 
         The step's one wait for the device: what a GPU is told after it, it has in its queue when
         the next step begins.
         """
         whole = fsdp.whole(norm)
-        seen = torch.stack((losses.mean(), whole.new_full((), float(asked))))
-        everywhere = self.accelerator.reduce(seen, "mean")
-        loss, stopping, found = torch.cat((everywhere, whole.reshape(1))).tolist()
+        said = torch.tensor((float(asked), seconds), device=whole.device, dtype=losses.dtype)
+        everywhere = self.accelerator.reduce(torch.cat((losses.mean().reshape(1), said)), "mean")
+        loss, stopping, took, found = torch.cat((everywhere, whole.reshape(1))).tolist()
+        self._takes_long = took > LONG_S
         return loss, found, stopping > 0
 
     def _seed_dropout(self, micro_batch: int) -> None:
-        """What a network draws by itself is a function of the position too."""
-        place = (micro_batch, self.accelerator.process_index)
-        rng = counter_based(self.config.seed, DROPOUT, *place)
+        """What a network draws by itself is a function of the first position of a batch."""
+        rng = counter_based(self.config.seed, DROPOUT, self.batches.positions(micro_batch).start)
         torch.manual_seed(int(rng.integers(2**63)))
 
-    def _validate(self, termination: Termination) -> dict[str, Any] | None:
-        """The averaged weights' loss, None if a signal came meanwhile."""
+    def _validate(self, save: Save, termination: Termination, step: int) -> dict[str, Any] | None:
+        """The averaged weights' loss, None if a signal came meanwhile.
+
+        UserError, with the step on disk, if it is not finite.
+        """
         with self._averaged():
             found = validation_loss(
                 *(self.accelerator, self.objective, self.denoiser, self.held_out),
                 seed=self.config.seed,
                 batch_size=self.batches.batch_size,
                 termination=termination,
+            )
+        if found and not math.isfinite(found["val_loss"]):
+            save(step, None, last=True)
+            raise UserError(
+                f"{self.folder}: the validation loss is not finite, of the averaged weights or "
+                "of a validation sample; train again with a lower train.learning_rate, or in "
+                "float32 (train.mixed_precision: no), or look at the latents"
             )
         return found
 
@@ -263,18 +249,28 @@ class Trainer:
         self.denoiser.train()
         self.ema.swap()
 
-    def _draw(self, step: int, termination: Termination) -> bool:
+    def _draw(self, termination: Termination, step: int) -> bool:
         """A sheet of samples by the averaged weights; True if one of the processes is to stop.
 
-        Where one draws alone, that breaks it off.
+        That breaks the sheet off, where it was one of those that draw.
         """
+
+        def between() -> None:
+            asked = termination.signal is not None
+            if self._on_any_process(asked) if self.sharded else asked:
+                raise StoppedError
+
         if self.sheet:
-            between = (lambda: None) if self.sharded else termination.check
             with self._averaged(), suppress(StoppedError):
                 sheet = self.sheet.draw(self.folder, step, between, writes=self._is_main)
                 if self.live:
                     self.live.picture(sheet)
         return self._on_any_process(termination.signal is not None)
+
+    def _drawn(self, step: int) -> bool:
+        """Whether the main process has a sheet of the step; all have to ask."""
+        missing = self._is_main and not (self.folder / sheet_name(step)).is_file()
+        return not self._on_any_process(missing)
 
     def _on_any_process(self, flag: bool) -> bool:
         """Whether one of the processes says so; all have to ask."""
@@ -289,7 +285,7 @@ class Trainer:
         return made_ahead(self.batches, numbers, self.config.workers, pinned=pinned)
 
     def _save(
-        self, saver: Saver, step: int, val_loss: float | None, log: RunLog, *, last: bool
+        self, saver: Saver, log: RunLog, step: int, val_loss: float | None, *, last: bool
     ) -> None:
         # Where weights are spread, all put them together.
         if not self._is_main and not self.sharded:

@@ -1,7 +1,7 @@
 """Runs of a training: folders named by what decides the result, and going on from another one.
 
-``RUN/run.json`` holds the settings, the digests of latents, starting weights and noise schedule,
-and those of the code that decides a step.
+``RUN/run.json`` holds the settings, the digests of what is learned from and started with, and those
+of the code that decides a step.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from ldm.errors import UserError
 
 RUN = "run.json"
 INPUTS = {
+    "images": "other pictures",
     "latents": "other latents",
     "start": "other starting weights",
     "schedule": "another noise schedule",
+    "text_encoder": "another text encoder",
+    "tokenizer": "another tokenizer",
+    "perceptual": "other perceptual features",
 }
 """What a run is made from, and how that is called where it differs."""
 Identity = dict[str, Any]
-"""What decides a run's result: ``config``, ``inputs``, ``code`` and, maybe, ``from``."""
+"""What decides a run's result: ``config``, ``inputs``, ``code`` and, maybe, ``from``; ``config`` is
+of a training's section of the settings."""
 
 
-def folder_of(runs: Path, identity: Identity) -> Path:
-    """Where the run's checkpoints are."""
-    return runs / digest_json(identity)[:12]
+def folder_of(runs: Path, identity: Identity, start: str = "") -> Path:
+    """Where the run's checkpoints are; its name starts so."""
+    return runs / f"{start}{digest_json(identity)[:12]}"
 
 
 def describe(run: Path, identity: Identity) -> None:
@@ -38,16 +43,19 @@ def describe(run: Path, identity: Identity) -> None:
     write_json(run / RUN, identity)
 
 
-def continued(identity: Identity, earlier: Path, *, changed: bool) -> Identity:
+def continued(
+    identity: Identity, earlier: Path, *, changed: bool, section: str = "train", part: str = ""
+) -> Identity:
     """The identity of a training that goes on from where the run ``earlier`` stands.
 
     Where nothing differs that is the run itself; otherwise a new one, with ``earlier`` left as it
-    is. UserError for differences that are not said to be meant (``changed``), naming them.
+    is. ``section`` names the settings, ``part`` the folder in a run that has its checkpoints.
+    UserError for differences that are not said to be meant (``changed``), naming them.
     """
     if not (earlier / RUN).is_file():
         raise UserError(f"{earlier}: is no run (has no {RUN}); name a folder of {earlier.parent}")
     known = json.loads((earlier / RUN).read_text())
-    found = differences({**known, "from": None}, {**identity, "from": None})
+    found = differences(known, identity, section)
     if not found:
         return dict(known)
     if not changed:
@@ -61,17 +69,19 @@ def continued(identity: Identity, earlier: Path, *, changed: bool) -> Identity:
             f"{earlier}: was trained by {before}, whose state is of no use to {now}; set "
             "train.optimizer back, or leave out --resume"
         )
-    newest = checkpoint.newest_folder(earlier)
+    newest = checkpoint.newest_folder(earlier / part)
     if newest is None:
         raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")
     return {**identity, "from": digest_file(newest / checkpoint.STATE)}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], section: str = "train"
+) -> list[str]:
     """What differs between two identities, in words: settings by name, the rest by its kind."""
     old, new = dict(flat(before["config"])), dict(flat(now["config"]))
     found = [
-        f"train.{name} {old.get(name)} -> {new.get(name)}"
+        f"{section}.{name} {old.get(name)} -> {new.get(name)}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
@@ -95,7 +105,7 @@ def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
         except ValueError:
             continue  # A damaged one is nothing to go on from.
         steps = [int(one.name.removeprefix("step-")) for one in checkpoint.folders(file.parent)]
-        same_latents = known["inputs"]["latents"] == identity["inputs"]["latents"]
+        same_latents = known["inputs"].get("latents") == identity["inputs"]["latents"]
         if not same_latents or not steps or known == identity:
             continue
         changes = differences(known, identity)
