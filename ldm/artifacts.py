@@ -151,10 +151,21 @@ def manifest_of(path: Path, remedy: str = "make it") -> Manifest | None:
 def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
     """Read and verify the directory of that ``kind``.
 
-    Raises :class:`UserError` when it is missing, unfinished, of another kind or schema, or when a
-    file is missing, added or altered; the message names ``made_by_stage`` as the remedy.
+    Raises :class:`UserError` as :func:`described` does, and when a file is missing, added or
+    altered.
     """
-    remedy = f"run `ldm {made_by_stage}` to make it"
+    manifest = described(path, kind, made_by_stage)
+    _verify_files(path, manifest.files, _remedy(made_by_stage))
+    return manifest
+
+
+def described(path: Path, kind: str, made_by_stage: str) -> Manifest:
+    """What the directory of that ``kind`` says that it holds; for what another process verifies.
+
+    Raises :class:`UserError` when it is missing, unfinished, of another kind or schema; the message
+    names ``made_by_stage`` as the remedy.
+    """
+    remedy = _remedy(made_by_stage)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; {remedy}")
     manifest = manifest_of(path, remedy)
@@ -165,8 +176,11 @@ def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
             f"{path}: holds {manifest.kind!r} of schema {manifest.schema_version}, "
             f"not {kind!r} of schema {SCHEMA_VERSION}; {remedy}"
         )
-    _verify_files(path, manifest.files, remedy)
     return manifest
+
+
+def _remedy(made_by_stage: str) -> str:
+    return f"run `ldm {made_by_stage}` to make it"
 
 
 def _verify_files(path: Path, expected: Mapping[str, str], remedy: str) -> None:

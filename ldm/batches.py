@@ -37,8 +37,15 @@ def in_full_batches(
         return run(batch + [batch[-1]] * (size - len(batch)))[: len(batch)]
 
     threads = torch.get_num_threads()
-    threads_each = threads if at_a_time == 1 else 1
-    pool = ThreadPoolExecutor(at_a_time, "batch", torch.set_num_threads, (threads_each,))
+    # Each thread starts at the first GPU; here may be another process's.
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def begin() -> None:
+        torch.set_num_threads(threads if at_a_time == 1 else 1)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+
+    pool = ThreadPoolExecutor(at_a_time, "batch", begin)
     try:
         with pool:
             running: deque[Future[np.ndarray]] = deque()

@@ -29,14 +29,16 @@ LOG_VARIANCES = -30.0, 20.0
 class LatentCache:
     """One split of a latents artifact, by sample number.
 
-    ``texts``: the captions' ``STATES``, or their ``IDS`` for a text encoder that is trained.
+    ``latents``: its folder, or its manifest where that is verified. ``texts``: the captions'
+    ``STATES``, or their ``IDS`` for a text encoder that is trained.
     """
 
-    def __init__(self, folder: Path, split: str, texts: str = STATES) -> None:
+    def __init__(self, latents: Path | Manifest, split: str, texts: str = STATES) -> None:
         assert texts in TEXT_MEMBERS
         self._text_member = texts
-        self.manifest: Manifest = opening(folder, "latents", "encode")
-        self.split = split
+        if not isinstance(latents, Manifest):
+            latents = opening(latents, "latents", "encode")
+        self.manifest, self.split, folder = latents, split, latents.path
         self.scaling_factor = float(self.manifest.config["scaling_factor"])
         self.shift_factor = float(self.manifest.config["shift_factor"])
         self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)

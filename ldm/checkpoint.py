@@ -2,8 +2,8 @@
 
 ``RUN/step-00000300/`` holds ``weights.safetensors``, ``ema.safetensors``, their average,
 ``optimizer.safetensors``, ``random.safetensors``, of these what a training has, and, written last,
-``state.json`` with the step and each file's sha256. ``RUN/model.json`` says what a denoiser's
-weights are the weights of.
+``state.json`` with the step, each file's sha256 and a digest of its own. ``RUN/model.json`` says
+what a denoiser's weights are the weights of.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ldm.artifacts import digest_file, write_json
+from ldm.artifacts import digest_file, digest_json, write_json
 from ldm.errors import UserError, is_full
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
+OWN = "digest"
+"""In ``state.json``: of the rest of it."""
 PARTS = ("weights", "ema", "optimizer", "random")
 Tensors = dict[str, torch.Tensor]
 
@@ -110,8 +113,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             state = _state(target)
             assert state is not None  # It has no damage.
             if checkpoint.val_loss is not None:
-                write_json(target / STATE, state | {"val_loss": checkpoint.val_loss})
-                _sync(target)
+                _write_state(target, state | {"val_loss": checkpoint.val_loss})
         else:
             fresh.mkdir(parents=True)
             _write(fresh, checkpoint)
@@ -132,15 +134,27 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
-    for part in PARTS:
-        if tensors := getattr(checkpoint, part):
-            path = folder / f"{part}.safetensors"
-            save_file(_on_cpu(tensors), path)
-            _sync(path)
-            files[path.name] = digest_file(path)
+    with ThreadPoolExecutor(1) as pool:  # A file's digest while the next file is written.
+        for part in PARTS:
+            if tensors := getattr(checkpoint, part):
+                path = folder / f"{part}.safetensors"
+                save_file(_on_cpu(tensors), path)
+                files[path.name] = pool.submit(_synced, path)
     numbers = {name: getattr(checkpoint, name) for name in ("step", "averaged", "val_loss")}
-    state = numbers | {"files": files}
-    write_json(folder / STATE, state)
+    digests = {name: digest.result() for name, digest in files.items()}
+    _write_state(folder, numbers | {"files": digests})
+
+
+def _synced(path: Path) -> str:
+    """The digest of a file that is on disk now."""
+    _sync(path)
+    return digest_file(path)
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    """``state.json``, with its own digest."""
+    content = {key: value for key, value in state.items() if key != OWN}
+    write_json(folder / STATE, content | {OWN: digest_json(content)})
     _sync(folder)
 
 
@@ -182,16 +196,17 @@ def _val_loss(folder: Path) -> float:
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
-    """What ``state.json`` says; None if it is not there or cannot be read."""
+    """What ``state.json`` says; None if it is not there, or not as it was written."""
     try:
         state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
+        digest = state.pop(OWN)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
-    return state if isinstance(state, dict) and "files" in state else None
+    return state if digest == digest_json(state) else None
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None."""
+    """The newest checkpoint that is whole, None if there is none; UserError as below."""
     folder = newest_folder(run)
     if folder is None:
         return None
@@ -201,17 +216,26 @@ def newest(run: Path) -> Checkpoint | None:
     parts = {
         part: load_file(path) if path.name in state["files"] else {} for part, path in paths.items()
     }
-    averaged = state.get("averaged", state["step"])  # Earlier ones do not say.
-    return Checkpoint(state["step"], **parts, val_loss=state["val_loss"], averaged=averaged)
+    averaged, val_loss = state["averaged"], state["val_loss"]
+    return Checkpoint(state["step"], **parts, val_loss=val_loss, averaged=averaged)
 
 
 def newest_folder(run: Path) -> Path | None:
-    """Where the newest whole checkpoint is, or None; damaged ones are named and passed over."""
-    for folder in reversed(folders(run)):
+    """Where the newest whole checkpoint is, None if there is none.
+
+    Damaged ones are named and passed over; UserError where all are damaged.
+    """
+    found = folders(run)
+    for folder in reversed(found):
         damage = damage_of(folder)
         if damage is None:
             return folder
-        say(f"{damage}; going on from an earlier checkpoint, if there is one")
+        if folder == found[0]:
+            raise UserError(
+                f"{damage}, and there is no earlier checkpoint; put the file back, or remove {run} "
+                "to begin anew"
+            )
+        say(f"{damage}; going on from an earlier checkpoint")
     return None
 
 

@@ -75,14 +75,18 @@ def evaluate(
     trained = opening(model, "model", "train")
     sampling = settled_sampling(config.sampling, device_of())
     config = config.model_copy(update={"sampling": sampling})
-    inputs = {"model": trained.digest, "prompts": digest_file(prompts_file)}
+    clip = load_clip(locate_clip(pretrained.clip, pretrained.clip_revision))
+    inputs = {
+        "model": trained.digest,
+        "prompts": digest_file(prompts_file),
+        "clip": digest_weights(clip[0]),
+    }
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
     ) as fresh:
         painter = Painter.load(Source(str(model)), pretrained.network)
         _expect_readable(painter, prompts, prompts_file)
         start = _start(trained, pretrained, painter)
-        clip = load_clip(locate_clip(pretrained.clip, pretrained.clip_revision))
         judged = _judge(config, painter, prompts, "evaluate model")
         before = _judge(config, start, prompts, "evaluate start")
         metrics: dict[str, Any] = {
@@ -126,7 +130,7 @@ def _start(trained: Manifest, pretrained: Pretrained, painter: Painter) -> Paint
     if digest_weights(unet) != trained.inputs["start"]:
         raise UserError(
             f"{trained.path}: its training did not start from what train.init {init!r} is now; "
-            "run `ldm train` again"
+            "run `ldm train` again, or `dvc repro --force --single-item train`"
         )
     _, text_encoder = load_text_encoder(locate(pretrained.pipeline, pretrained.revision))
     return replace(

@@ -19,9 +19,11 @@ from ldm.device import CPU_ASKED, device_of
 from ldm.errors import UserError
 from ldm.params import load_section
 from ldm.request import EncodeRequest, TrainRequest, leave
-from ldm.termination import taken_over
+from ldm.termination import ASKING, taken_over
 
 AUTO = "auto"
+STOPPED = tuple(128 + number for number in ASKING)
+"""Exit codes of who was asked to stop, and did so itself."""
 ONE_PROCESS = {"cuda": "infra/accelerate/gpu.yaml", "cpu": "infra/accelerate/cpu.yaml"}
 """What ``auto`` is, by the device that there is."""
 
@@ -57,8 +59,8 @@ def launch_training(
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(train.patience_s))
     try:
         _launch("train", train.accelerate, request)
-    except SystemExit:
-        if train.track:
+    except SystemExit as ended:
+        if train.track and ended.code not in STOPPED:
             # A trainer that was killed could not say so itself.
             from ldm.tracking.liveness import note_dead
 

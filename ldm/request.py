@@ -60,12 +60,17 @@ def serve(stage: str, kind: type[Request], run: Callable[[Request], None]) -> No
     except UserError as error:
         sys.exit(f"ldm {stage}: {error}")
     except RuntimeError as error:
-        if not (_of_a_peer(error) or "DataLoader worker (pid" in str(error)):
+        if not (_of_a_peer(error) or _of_a_loader(error)):
             raise
         sys.exit(
             f"ldm {stage}: another process of it is gone or stands still "
             f"({str(error).splitlines()[0]}); the same command goes on from what is done"
         )
+
+
+def _of_a_loader(error: RuntimeError) -> bool:
+    """Whether it is what torch says of one that was killed, or makes no batch."""
+    return any(words in str(error) for words in ("DataLoader worker (pid", "DataLoader timed out"))
 
 
 def _of_a_peer(error: RuntimeError) -> bool:

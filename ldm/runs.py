@@ -22,6 +22,7 @@ INPUTS = {
     "latents": "other latents",
     "start": "other starting weights",
     "schedule": "another noise schedule",
+    "scaling": "another scaling of the latents",
     "text_encoder": "another text encoder",
     "tokenizer": "another tokenizer",
     "perceptual": "other perceptual features",

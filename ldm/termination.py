@@ -36,10 +36,24 @@ class Termination:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._breaks = False
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Handle a signal."""
         self.signal = self.signal or number
+        if self._breaks:
+            raise StoppedError
+
+    @contextmanager
+    def breaking(self) -> Iterator[None]:
+        """Have a signal break the block off with :class:`StoppedError`, one from before at once."""
+        self._breaks = True
+        try:
+            if self.signal is not None:
+                raise StoppedError
+            yield
+        finally:
+            self._breaks = False
 
     @property
     def exit_code(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -212,8 +213,31 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
     folder = save(tmp_path, at(10), keep=1)
     for name in ("optimizer.pt", "random_states_0.pkl", "ema.safetensors"):
         (folder / name).write_bytes(pickle.dumps(Planted()))
-    assert newest(tmp_path) is None
+    with pytest.raises(UserError, match=r"ema\.safetensors is missing or altered, and there is no"):
+        newest(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state | {"step": 5},
+        lambda state: state | {"val_loss": 0.0},
+        lambda state: state | {"averaged": 1},
+        lambda state: state | {"files": {}},
+        lambda state: {key: one for key, one in state.items() if key != "digest"},
+        lambda state: [state],
+    ],
+)
+def test_an_altered_state_does_not_count(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    save(tmp_path, at(10), keep=3)
+    folder = save(tmp_path, at(20), keep=3)
+    file = folder / "state.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    found = newest(tmp_path)
+    assert found is not None and found.step == 10
 
 
 def test_a_half_written_one_does_not_count(tmp_path: Path) -> None:

@@ -327,8 +327,13 @@ def test_more_steps_go_on_from_a_run(pipeline: Path, images: Path, tmp_path: Pat
     made = [tmp_path / f"out{steps}" / "clip" / "model.safetensors" for steps in (10, 14)]
     assert made[0].read_bytes() == made[1].read_bytes()
     wider = FirstStage.model_validate(settings(pipeline) | {"clip": {**CLIP, "width": 32}})
-    with pytest.raises(UserError, match="clip: trained other weights than this would"):
+    with pytest.raises(UserError, match=r"another network \(first_stage\.clip\.width 16\)"):
         first_stage(wider, images, tmp_path / "wider", runs, resume=earlier, changed=True)
+    about = json.loads((earlier / "run.json").read_text())
+    about["inputs"]["images"] = "others"
+    (earlier / "run.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="learned its words from other captions"):
+        trained(20, earlier, changed=True)
 
 
 def test_an_output_that_another_process_makes_is_refused_before_the_first_step(

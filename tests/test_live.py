@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
 import pytest
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 import ldm.tracking.live
 import ldm.tracking.liveness
@@ -28,6 +31,7 @@ from ldm.registry.promotion import promote
 from ldm.registry.register import register
 from ldm.registry.standing import standing
 from ldm.run_log import metrics_of
+from ldm.tracking import runs
 from ldm.tracking.connection import connect, may_exist
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, note_dead
@@ -328,6 +332,78 @@ def test_what_was_not_measured_is_no_metric() -> None:
     assert metrics_of(line) == {"held_out/clip_retrieval": 0.5}
 
 
+def test_what_mlflow_does_not_take_is_shown_when_it_answers_again(
+    tmp_path: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A sheet that it does not take stops no figure."""
+    taken, away = runs.Run.log, iter(range(3))
+
+    def log(self: runs.Run, parameters: dict[str, object], points: runs.Points) -> None:
+        if points and next(away, None) is not None:
+            raise MlflowException("away for a while")
+        taken(self, parameters, points)
+
+    monkeypatch.setattr(runs.Run, "log", log)
+    monkeypatch.setattr(ldm.tracking.live, "AGAIN_S", 0.05)
+    with Live(Registry(tracking_uri=store, experiment=tmp_path.name), tmp_path, {}) as live:
+        for step in (1, 2, 3):
+            live.write({"step": step, "val_loss": step / 10})
+        live.picture(tmp_path / "no such.png")
+        live.write({"step": 4, "val_loss": 0.4})
+        live.finish("of the model")
+    (run,) = shown(store, tmp_path)
+    assert run.info.status == "FINISHED" and run.data.tags["model_digest"] == "of the model"
+    history = mlflow.MlflowClient(store).get_metric_history(run.info.run_id, "val_loss")
+    assert [(point.step, point.value) for point in history] == [
+        (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count("MLflow does not take the run (away for a while); trying again") == 1
+    assert "no such.png: not shown in MLflow" in said
+
+
+def test_samples_a_second_are_those_between_two_lines(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ldm.tracking.live, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    registry = Registry(tracking_uri=store, experiment=tmp_path.name)
+    with Live(registry, tmp_path, {"batch_size": 8}) as live:
+        for clock.now, step in ((1.0, 20), (3.0, 40), (4.0, 45)):
+            live.write({"step": step, "loss": 0.5})
+        live.write({"step": 45, "val_loss": 0.5})
+    (run,) = shown(store, tmp_path)
+    history = mlflow.MlflowClient(store).get_metric_history(run.info.run_id, "samples_per_second")
+    assert [(point.step, point.value) for point in history] == [(40, 80.0), (45, 40.0)]
+
+
+def test_a_stop_does_not_wait_for_a_store_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(ldm.tracking.live, "STOPPED_PATIENCE_S", 1)
+    begins = []
+
+    def stopped(silent: socket.socket) -> None:
+        with Live(Registry(tracking_uri=address(silent)), tmp_path, {}):
+            silent.accept()
+            begins.append(time.monotonic())
+            raise SystemExit(143)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(SystemExit):
+            stopped(silent)
+        assert time.monotonic() - begins[0] < 5
+    assert "did not take all of the run within 1 s" in capsys.readouterr().out
+
+
+def address(server: socket.socket) -> str:
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
 def test_a_store_that_is_not_there_stops_nothing(
     pipeline: Path,
     latents: Path,
@@ -337,7 +413,10 @@ def test_a_store_that_is_not_there_stops_nothing(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(ldm.tracking.live, "PATIENCE_S", 2)
     registry = Registry(tracking_uri="http://127.0.0.1:9")  # Nobody listens on "discard".
     run_here(pipeline, latents, tmp_path, registry)
-    assert "not shown in MLflow from here on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MLflow does not take the run" in said
+    assert "MLflow did not take all of the run within 2 s" in said
     opening(tmp_path / "model", "model", "train")

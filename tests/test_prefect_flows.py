@@ -150,7 +150,7 @@ def test_reported_is_what_the_page_is_about(tmp_path: Path) -> None:
     """A page of the training before means that what follows the evaluation has failed."""
 
     def evaluate(model: str, metrics: str) -> None:
-        inputs = {"model": model, "prompts": "p"}
+        inputs = {"model": model, "prompts": "p", "clip": "c"}
         with writing(tmp_path / "artifacts/eval", "eval", config={}, inputs=inputs) as fresh:
             (fresh / "metrics.json").write_text(metrics)
 

@@ -31,6 +31,8 @@ from ldm.models import locate
 from ldm.registry.gate import judge, verdict
 from ldm.registry.promotion import promote, rollback
 from ldm.registry.register import register
+from ldm.registry.standing import standing
+from ldm.report.verdict import compared_with
 from ldm.request import TrainRequest
 from ldm.tracking import connection, registered, versions
 from ldm.tracking.commit import code_commit
@@ -87,10 +89,16 @@ def model_of(folder: Path, pipeline: Path, mark: str = "", latents: str = "none"
 
 
 def evaluation_of(
-    folder: Path, model: Path, prompts: str = "same", steps: int = 2, **metrics: float
+    folder: Path,
+    model: Path,
+    prompts: str = "same",
+    steps: int = 2,
+    clip: str = "same",
+    **metrics: float,
 ) -> Path:
     """An evaluation of ``model``; metrics not given are as good as the start."""
-    inputs = {"model": opening(model, "model", "train").digest, "prompts": prompts}
+    digest = opening(model, "model", "train").digest
+    inputs = {"model": digest, "prompts": prompts, "clip": clip}
     config = Evaluate(sampling=SAMPLING.model_copy(update={"steps": steps})).as_dict()
     with writing(folder / "eval", "eval", config=config, inputs=inputs) as fresh:
         values = {**START, "val_loss": 0.8, **metrics, "start": START}
@@ -408,12 +416,11 @@ def test_promotion_and_the_way_back(
     kept = json.loads(Path(path).read_text())
     assert (kept["promoted"], len(kept["rows"])) == (False, len(decision.rows))
 
-    better = version(
-        config, tmp_path, pipeline, "better", adherence_new=0.9, prompts="other", steps=3
-    )
+    others: dict[str, Any] = {"prompts": "other", "steps": 3, "clip": "other"}
+    better = version(config, tmp_path, pipeline, "better", adherence_new=0.9, **others)
     decision = promote(config)
     assert decision.promoted
-    other = "judged on other prompts and by pictures drawn with other settings"
+    other = "judged on other prompts and by pictures drawn with other settings and by another CLIP"
     assert decision.reason.endswith(f" (version {first} was {other})")
     assert aliases(config) == {"challenger": better, "champion": better, "previous": first}
 
@@ -433,6 +440,78 @@ def test_promotion_and_the_way_back(
     assert aliases(config) == {"challenger": best, "champion": better, "previous": first}
     lines = capsys.readouterr().out.splitlines()
     assert f"rollback: promotion version {first} is champion again, in place of {better}" in lines
+
+
+def again(config: Registry, folder: Path, mark: str, **how: Any) -> str:
+    """Judge the model of :func:`version` once more, and register that; its version."""
+    judged = evaluation_of(folder / mark / "again", folder / mark / "model", **how)
+    return register(config, folder / mark / "model", judged).version
+
+
+def test_weights_that_were_rolled_back_do_not_return_under_another_number(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    config = Registry(model="back")
+    first = version(config, tmp_path, pipeline, "first")
+    promote(config)
+    version(config, tmp_path, pipeline, "faulty", adherence_new=0.9)
+    promote(config)
+    rollback(config)
+    judged_again = again(config, tmp_path, "faulty", prompts="more", adherence_new=0.9)
+    decision = promote(config)
+    assert not decision.promoted and "rolled back" in decision.reason
+    assert promote(config, judged_again).promoted
+    assert aliases(config)["previous"] == first
+    assert rollback(config) == first
+
+
+def test_the_champion_judged_anew_stays_champion_and_the_way_back_leads_past_it(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    """Even by figures that the gate would refuse; but not drawn with other settings."""
+    config = Registry(model="anew")
+    first = version(config, tmp_path, pipeline, "first")
+    promote(config)
+    version(config, tmp_path, pipeline, "second", adherence_new=0.9)
+    promote(config)
+    judged_again = again(config, tmp_path, "second", prompts="harder", adherence_new=0.2)
+    decision = promote(config)
+    assert decision.promoted and decision.reason.startswith("has the weights of version 2")
+    assert aliases(config) == {
+        "challenger": judged_again,
+        "champion": judged_again,
+        "previous": first,
+    }
+    again(config, tmp_path, "second", prompts="harder", steps=3, adherence_new=0.2)
+    assert not promote(config).promoted
+    assert rollback(config) == first
+
+
+def test_versions_that_were_deleted_are_in_nobodys_way(pipeline: Path, tmp_path: Path) -> None:
+    config = Registry(model="deleted")
+    client = connection.connect(config.tracking_uri)
+    numbers = []
+    for share, mark in enumerate(("first", "second", "third"), start=2):
+        numbers.append(version(config, tmp_path, pipeline, mark, adherence_new=share / 10))
+        assert promote(config).promoted
+    client.delete_model_version(config.model, numbers[0])
+    third = opening(tmp_path / "third" / "model", "model", "train").digest
+    seen = standing(config, third)
+    assert seen and seen.reference and compared_with(seen) == f"version {numbers[1]}"
+    # Its former champion is gone: there is no way back behind it.
+    assert rollback(config) == numbers[1]
+    assert aliases(config) == {"challenger": numbers[2], "champion": numbers[1]}
+    client.delete_model_version(config.model, numbers[1])
+    seen = standing(config, third)
+    assert seen and seen.decision and seen.reference is None and compared_with(seen) == ""
+    assert not promote(config).promoted, "it was rolled back"
+    refused = version(config, tmp_path, pipeline, "refused", adherence_new=0.1, adherence=0.1)
+    assert promote(config, numbers[2]).promoted
+    assert not promote(config, refused).promoted
+    client.delete_model_version(config.model, numbers[2])
+    decision = promote(config)
+    assert not decision.promoted and "refused it before" in decision.reason
+    assert promote(config, refused).promoted
 
 
 def test_the_commit_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,11 @@ def write_eval(
         "val_loss": 0.1375,
         "start": {**before.adherence(prompts), "clip_score": 24.5},
     }
-    inputs = {"model": opening(model, "model", "train").digest, "prompts": "e5" * 32}
+    inputs = {
+        "model": opening(model, "model", "train").digest,
+        "prompts": "e5" * 32,
+        "clip": "c1" * 32,
+    }
     counts = {"prompts": len(prompts)}
     config = Evaluate().as_dict()
     with writing(out, "eval", config=config, inputs=inputs, counts=counts) as fresh:

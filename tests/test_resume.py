@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from ldm.errors import UserError
 from ldm.request import REQUEST, TrainRequest, serve
 from ldm.run_log import LOG, RunLog, entries
 from ldm.sampling import Painter
+from ldm.termination import Termination
 from ldm.train.data import Batch, TrainingBatches
 from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
@@ -33,6 +35,8 @@ from tests.disk import room_for
 from tests.test_train import read_log, run_here, weights
 
 EVERY = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3, "sample_every": 3}
+UNSEEN = {**EVERY, "sample_every": None}
+"""Sheets take most of the time."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,15 @@ def undisturbed(
 ) -> dict[str, str]:
     """Digests of the model of a training that nothing stopped."""
     return digest_tree(run_here(pipeline, latents, tmp_path_factory.mktemp("whole"), **EVERY))
+
+
+@pytest.fixture(scope="module")
+def accumulated(
+    pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The same of one whose steps are of two micro-batches."""
+    folder = tmp_path_factory.mktemp("accumulated")
+    return digest_tree(run_here(pipeline, latents, folder, **UNSEEN, accumulation=2))
 
 
 def run_of(folder: Path) -> Path:
@@ -110,21 +123,24 @@ def test_a_stop_seen_in_a_step_waits_for_no_validation_and_no_sheet(
 
 @pytest.mark.parametrize(
     ("batch", "long_s", "saved"),
-    [(1, 0.0, []), (13, 0.0, [5, 6]), (13, 600.0, [6, 7]), (14, 0.0, [6, 7])],
-    ids=["the first step", "a long step", "a short step", "its last part"],
+    [(1, None, []), (13, None, [5, 6]), (14, None, [6, 7]), (13, 0.0, [5, 6]), (13, 600.0, [6, 7])],
+    ids=["the first", "alone", "its last part", "of several, long", "of several, short"],
 )
-def test_a_stop_amid_a_step_that_takes_long_leaves_it(
+def test_a_stop_amid_a_step_leaves_it(
     pipeline: Path,
     latents: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    accumulated: dict[str, str],
     batch: int,
-    long_s: float,
+    long_s: float | None,
     saved: list[int],
 ) -> None:
-    """Two micro-batches are a step: the 13th is the first of step 7."""
-    settings = {**EVERY, "accumulation": 2}
-    whole = run_here(pipeline, latents, tmp_path / "whole", **settings)
+    """Two micro-batches are a step: the 13th is the first of step 7.
+
+    Of several processes none may leave alone; they ask each other where a step takes long.
+    """
+    settings = {**UNSEEN, "accumulation": 2}
     loss, batches = Objective.loss, []
 
     def asked(self: Objective, *arguments: Any) -> torch.Tensor:
@@ -135,14 +151,15 @@ def test_a_stop_amid_a_step_that_takes_long_leaves_it(
         return loss(self, *arguments)
 
     monkeypatch.setattr(Objective, "loss", asked)
-    monkeypatch.setattr(ldm.train.trainer, "LONG_S", long_s)
+    if long_s is not None:
+        monkeypatch.setattr(ldm.train.trainer, "LONG_S", long_s)
+        monkeypatch.setattr(Termination, "breaking", nullcontext)
     with pytest.raises(SystemExit, match="143"):
-        run_here(pipeline, latents, tmp_path / "stopped", **settings)
+        run_here(pipeline, latents, tmp_path, **settings)
     monkeypatch.undo()
-    assert len(batches) == (batch if long_s == 0 else batch + 1)
-    assert checkpoints(tmp_path / "stopped") == [f"step-{step:08d}" for step in saved]
-    model = run_here(pipeline, latents, tmp_path / "stopped", **settings)
-    assert digest_tree(model) == digest_tree(whole)
+    assert len(batches) == (batch + 1 if long_s == 600 else batch)
+    assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in saved]
+    assert digest_tree(run_here(pipeline, latents, tmp_path, **settings)) == accumulated
 
 
 @pytest.mark.parametrize("at", [5, 6, 12], ids=["plain", "validated", "last"])
@@ -194,7 +211,7 @@ def test_a_run_goes_on_with_another_accumulation(
         run_here(pipeline, latents, tmp_path / "parts", accumulation=2)
     monkeypatch.undo()
     model = run_here(pipeline, latents, tmp_path / "parts", accumulation=4)
-    assert checkpoints(tmp_path / "parts")[0] == "step-00000007"
+    assert checkpoints(tmp_path / "parts")[0] == "step-00000006"
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(model)[name], tensor, rtol=1e-3, atol=2e-4)
 
@@ -208,9 +225,6 @@ def test_every_validated_step_can_be_the_best(
 
 
 # --- loaders
-
-UNSEEN = {**EVERY, "sample_every": None}
-"""Sheets take most of the time."""
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -271,6 +285,48 @@ def test_a_loader_that_is_killed_ends_the_training_and_nothing_is_lost(
     monkeypatch.undo()
     assert checkpoints(tmp_path)[-1] == "step-00000006"
     assert digest_tree(run()) == undisturbed
+
+
+def test_a_loader_that_makes_no_batch_is_not_waited_for_for_ever(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_batch(monkeypatch, 8, lambda: time.sleep(600))
+    with pytest.raises(SystemExit, match=r"gone or stands still \(DataLoader timed out after 3 s"):
+        served(
+            monkeypatch,
+            lambda: run_here(pipeline, latents, tmp_path, **UNSEEN, workers=1, patience_s=3),
+        )
+    assert checkpoints(tmp_path)[-1] == "step-00000006"
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_does_not_wait_for_a_batch(
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[str, str],
+    workers: int,
+) -> None:
+    """The signal comes while the training waits for the eighth, or computes the one before."""
+
+    def asleep() -> None:
+        if workers:
+            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # A thread cannot be left behind.
+
+    instead_of_batch(monkeypatch, 8, asleep)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit, match="143"):
+        run_here(pipeline, latents, tmp_path, **UNSEEN, workers=workers)
+    assert time.monotonic() - begin < 45
+    monkeypatch.undo()
+    assert digest_tree(run_here(pipeline, latents, tmp_path, **UNSEEN)) == undisturbed
+    assert not multiprocessing.active_children()
 
 
 def instead_of_batch(

@@ -8,6 +8,7 @@ settings and images, it goes on from the newest whole checkpoint.
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ldm import code
 from ldm.aliases import fixed
 from ldm.artifacts import making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
+from ldm.config.section import flat
 from ldm.device import device_of, plain_attention, precision_of
 from ldm.errors import UserError
 from ldm.first_stage.clip import train_clip
@@ -34,13 +36,17 @@ from ldm.locks import held
 from ldm.memory import keep_memory
 from ldm.progress import say
 from ldm.run_log import LOG
-from ldm.runs import Identity, continued, describe, folder_of
+from ldm.runs import RUN, Identity, continued, describe, folder_of
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 
 PARTS = ("vae", "clip", "layout")
 HOW = ("checkpoint_every", "log_every", "validate_every", "sheet_every", "max_skipped")
 """Settings of a :class:`Run`, which do not change its result."""
+NETWORK = {"widths", "layers_per_block", "latent_channels", "norm_groups", "mid_attention"}
+NETWORK |= {"width", "layers", "heads", "patch_size", "max_tokens", "vocabulary"}
+NETWORK |= {"trains", "adversarial_from", "discriminator_widths"}
+"""Settings of parts that say what is trained."""
 DECIDING = (
     "autoencoder",
     "clip_score",
@@ -70,9 +76,9 @@ def first_stage(
     ``measured.json`` {vae_psnr_db, clip_retrieval, clip_order, text_order}, the last with a layout
     phase. With ``config.text_encoder`` there is no ``clip`` and no figure but the first.
     Checkpoints go to a folder of ``runs`` named by a digest of the settings, the images and the
-    code that decides the result. With ``resume`` each part goes on from where that run's stands;
-    ``changed`` says that what differs from it is meant. With ``registry`` MLflow shows the training
-    as it goes, and what was measured.
+    code that decides the result. With ``resume`` each part goes on from where that run's stands,
+    and one that has taken its steps stays as it is; ``changed`` says that what differs is meant.
+    With ``registry`` MLflow shows the training as it goes, and what was measured.
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and UserError
     while another process writes the same.
@@ -81,7 +87,8 @@ def first_stage(
     if "bucket_step" in pictures.config:
         raise UserError(
             f"{images}: has aspect buckets, first-stage learns from squares; run `ldm ingest` with "
-            "ingest.bucket_step null into another folder"
+            "ingest.bucket_step null and another --out and --runs: what was fetched for one is of "
+            "no use to the other, and leaves --runs"
         )
     device = device_of()
     keep_memory(device)
@@ -95,6 +102,7 @@ def first_stage(
         identity = continued(
             identity, resume, changed=changed, section="first_stage", part=PARTS[0]
         )
+        _expect_same_networks(resume, identity)
     folder = folder_of(runs, identity, "first-stage-")
     training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
@@ -142,6 +150,26 @@ def settings_of_result(config: FirstStage) -> dict[str, Any]:
     unused = ("clip", "layout") if config.text_encoder else ()
     left_out = {*HOW, "track", *unused}
     return {key: value for key, value in config.as_dict().items() if key not in left_out}
+
+
+def _expect_same_networks(earlier: Path, identity: Identity) -> None:
+    """What a run of other networks learned is of no use, and a new tokenizer's numbers mean others.
+
+    UserError before the first part is trained, rather than behind it.
+    """
+    known = json.loads((earlier / RUN).read_text())
+    old, new = (dict(flat(one["config"])) for one in (known, identity))
+    for name in sorted(old.keys() | new.keys()):
+        if name.rpartition(".")[2] in NETWORK and old.get(name) != new.get(name):
+            raise UserError(
+                f"{earlier}: trained another network (first_stage.{name} {old.get(name)}); set "
+                "that back, or leave out --resume"
+            )
+    if known["inputs"]["images"] != identity["inputs"]["images"] and "clip.steps" in new:
+        raise UserError(
+            f"{earlier}: learned its words from other captions; leave out --resume, or name whose "
+            "words to keep in first_stage.text_encoder"
+        )
 
 
 def _train(

@@ -14,21 +14,26 @@ from ldm.tracking.liveness import connected
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 OTHERWISE = {
     versions.PROMPTS: "on other prompts",
     versions.SAMPLING: "by pictures drawn with other settings",
+    versions.JUDGE: "by another CLIP",
 }
 """What a decision notes where two versions' tags differ."""
 # Tags of a version that promotion and rollback write.
 REPLACED, ROLLED_BACK = "replaced", "rolled_back"
+FAILED = "failed"
 
 
 def promote(config: Registry, version: str | None = None) -> Decision:
     """Let the gate decide on the challenger, or on ``version``; champion if it passes.
 
     The decision stays with the version: tags ``gate``, ``gate_against`` and ``gate_reason``, and
-    ``gate.json`` in its run. A version that was rolled back returns only when it is named.
+    ``gate.json`` in its run. Weights that were rolled back return only when their version is named.
+    The champion's own, drawn with its settings and judged anew, take its place, and the former
+    champion stays the former one.
     """
     client = connected(config)
     named = versions.aliases(client, config.model)
@@ -40,9 +45,9 @@ def promote(config: Registry, version: str | None = None) -> Decision:
         return Decision(config.model, chosen, f"version {chosen}", (), False, "champion already")
     decision = _decide(client, config, chosen, champion, by_name=version is not None)
     if decision.promoted:
-        if champion is not None:
-            client.set_model_version_tag(config.model, chosen, REPLACED, champion)
-            client.set_registered_model_alias(config.model, versions.PREVIOUS, champion)
+        if former := _replaced(client, config.model, chosen, champion):
+            client.set_model_version_tag(config.model, chosen, REPLACED, former)
+            client.set_registered_model_alias(config.model, versions.PREVIOUS, former)
         # Last, so that what is cut off before it is simply done again.
         client.set_registered_model_alias(config.model, versions.CHAMPION, chosen)
     outcome = "is champion" if decision.promoted else "is not promoted"
@@ -54,44 +59,68 @@ def _decide(
     client: MlflowClient, config: Registry, chosen: str, champion: str | None, *, by_name: bool
 ) -> Decision:
     candidate, metrics = versions.version_of(client, config.model, chosen)
-    against, reference, note = START, starting(metrics), ""
+    against, reference, note, same = START, starting(metrics), "", False
     if champion is not None:
         current, reference = versions.version_of(client, config.model, champion)
-        against = f"version {champion}"
-        differ = (tag for tag in OTHERWISE if candidate.tags.get(tag) != current.tags.get(tag))
-        if others := [OTHERWISE[tag] for tag in differ]:
+        against, same = f"version {champion}", _is_the_same(candidate, current)
+        others = [
+            words
+            for tag, words in OTHERWISE.items()
+            if tag in current.tags and current.tags[tag] != candidate.tags.get(tag)
+        ]
+        if others:
             note = f" ({against} was judged {' and '.join(others)})"
     rows = judge(config.gate, metrics, reference, against)
     promoted, reason = verdict(rows, against)
-    if ROLLED_BACK in candidate.tags and not by_name:
+    marked = versions.with_tag(client, config.model, ROLLED_BACK, candidate)
+    if same:
+        promoted, reason = True, f"has the weights of {against}, judged anew"
+    elif marked and not by_name:
         promoted, reason = False, "it was rolled back, and returns only when promoted by number"
-    elif ROLLED_BACK in candidate.tags and promoted:
-        client.delete_model_version_tag(config.model, chosen, ROLLED_BACK)
+    elif champion is None and candidate.tags.get("gate") == FAILED and not by_name:
+        promoted, reason = False, "the gate refused it before there was no champion"
+    elif promoted:
+        for number in marked:
+            client.delete_model_version_tag(config.model, number, ROLLED_BACK)
     decision = Decision(config.model, chosen, against, rows, promoted, reason + note)
     client.log_dict(candidate.run_id, asdict(decision), GATE)
-    outcome = "passed" if promoted else "failed"
+    outcome = "passed" if promoted else FAILED
     told = {"gate": outcome, "gate_against": against, "gate_reason": decision.reason}
     for key, value in told.items():
         client.set_model_version_tag(config.model, chosen, key, value)
     return decision
 
 
+def _is_the_same(version: ModelVersion, other: ModelVersion) -> bool:
+    """Whether they draw the same pictures by default."""
+    same = (versions.MODEL_DIGEST, versions.SAMPLING)
+    return all(version.tags.get(tag) == other.tags.get(tag) for tag in same)
+
+
+def _replaced(client: MlflowClient, model: str, chosen: str, champion: str | None) -> str | None:
+    """The champion that a version replaces; what the same pictures replaced before, if it is it."""
+    if champion is None:
+        return None
+    one, other = (client.get_model_version(model, number) for number in (chosen, champion))
+    return other.tags.get(REPLACED) if _is_the_same(one, other) else champion
+
+
 def rollback(config: Registry) -> str:
     """Put the former champion back; its version.
 
     The version that leaves is marked, so that the next unattended :func:`promote` leaves it out.
-    Raises :class:`UserError` when no champion was replaced.
+    Raises :class:`UserError` when no champion was replaced, or that version is gone.
     """
     client = connected(config)
     named = versions.aliases(client, config.model)
     champion, former = named.get(versions.CHAMPION), named.get(versions.PREVIOUS)
     if champion is None or former is None:
         raise UserError(f"{config.model}: has no former champion; promote a version by number")
+    earlier = versions.version_of(client, config.model, former)[0].tags.get(REPLACED)
     if champion != former:  # Equal where an earlier call was cut off in between.
         client.set_model_version_tag(config.model, champion, ROLLED_BACK, former)
     client.set_registered_model_alias(config.model, versions.CHAMPION, former)
-    earlier = versions.version_of(client, config.model, former)[0].tags.get(REPLACED)
-    if earlier:
+    if earlier and versions.exists(client, config.model, earlier):
         client.set_registered_model_alias(config.model, versions.PREVIOUS, earlier)
     else:
         client.delete_registered_model_alias(config.model, versions.PREVIOUS)

@@ -13,7 +13,10 @@ from ldm.tracking.liveness import connected
 
 @dataclass(frozen=True)
 class Standing:
-    """What the registry knows of a model; ``reference`` holds the metrics it was compared with."""
+    """What the registry knows of a model.
+
+    ``reference`` holds the metrics it was compared with, None where that version is gone.
+    """
 
     model: str
     version: str
@@ -36,7 +39,8 @@ def standing(config: Registry, model_digest: str) -> Standing | None:
     reference = None
     if decision is not None and decision.against != START:
         other = decision.against.removeprefix("version ")
-        reference = versions.version_of(client, config.model, other)[1]
+        if versions.exists(client, config.model, other):
+            reference = versions.version_of(client, config.model, other)[1]
     aliases = tuple(sorted(alias for alias, holder in named.items() if holder == version))
     commit = known.tags.get("commit")
     return Standing(config.model, version, known.run_id, aliases, commit, decision, reference)

@@ -168,9 +168,9 @@ def registered(standing: Standing | None) -> dict[str, str]:
 
 
 def compared_with(standing: Standing | None) -> str:
-    """The version that the gate compared with; empty where that was the starting model."""
-    decision = standing.decision if standing else None
-    return "" if decision is None or decision.against == START else decision.against
+    """The version that the gate compared with; empty where that was the start, or is gone."""
+    decision = standing.decision if standing and standing.reference is not None else None
+    return "" if decision is None else decision.against
 
 
 def comparison(metrics: Mapping[str, Any], standing: Standing | None, gate: Gate) -> list[Line]:
@@ -183,7 +183,7 @@ def comparison(metrics: Mapping[str, Any], standing: Standing | None, gate: Gate
     rows: Sequence[Row] = decision.rows if decision else ()
     if not decision and {*gate.wins_on, *gate.holds} <= set(metrics):
         rows = judge(gate, metrics, start, START)
-    champion = standing.reference if standing and compared_with(standing) else None
+    champion = standing.reference if standing else None
     judged = {row.metric: row for row in rows}
     means = [metric for metric in judged if metric not in NAMES]
     wanted = [

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.artifacts import write_whole
+from ldm.errors import UserError
+from ldm.image_shards import SPLITS
 from ldm.scenes.captions import caption, plain_caption
 from ldm.scenes.world import (
     FORMS,
@@ -32,6 +34,7 @@ from ldm.scenes.world import (
 
 ORIGIN = "http://127.0.0.1:8964"
 """Where the embedded origin serves; the lists name it."""
+PROMPTS = "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,32 @@ def caption_of(world: str, split: str, row: int) -> str:
 def write_lists(
     folder: Path, world: str, rows: int, validation_rows: int, prompts_a_group: int
 ) -> None:
-    """Write ``train.csv``, ``validation.csv`` (url, caption) and ``prompts.jsonl``."""
+    """Write ``train.csv``, ``validation.csv`` (url, caption) and ``prompts.jsonl``.
+
+    UserError where one of them is there and was not written by this.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", rows), ("validation", validation_rows)):
+    for name, mark in (*((f"{split}.csv", ORIGIN) for split in SPLITS), (PROMPTS, '"scene"')):
+        _expect_own(folder / name, mark)
+    for split, count in zip(SPLITS, (rows, validation_rows), strict=True):
         text = io.StringIO(newline="")
         table = csv.writer(text, lineterminator="\n")
         table.writerow(("url", "caption"))
         table.writerows(_rows(world, split, count))
         write_whole(folder / f"{split}.csv", text.getvalue().encode())
     lines = [json.dumps(prompt, ensure_ascii=False) for prompt in prompts(prompts_a_group)]
-    write_whole(folder / "prompts.jsonl", ("\n".join(lines) + "\n").encode())
+    write_whole(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
+
+
+def _expect_own(file: Path, mark: str) -> None:
+    """Someone's own lists may be there without a copy."""
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else mark
+    lines = text.splitlines()[1:] if file.suffix == ".csv" else text.splitlines()
+    if not all(mark in line for line in lines):
+        raise UserError(
+            f"{file}: was not written by `ldm scenes`, which would replace it; move it away, or "
+            "name another folder with --out"
+        )
 
 
 def _rows(world: str, split: str, count: int) -> Iterator[tuple[str, str]]:

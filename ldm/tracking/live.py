@@ -6,11 +6,10 @@ Everything is written beside the training, which never waits for it and does not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,15 +22,18 @@ from ldm.tracking.liveness import RUN_TOKEN, life_tags, note_dead
 
 BEAT_S = 60
 """How often a run says that it lives."""
+AGAIN_S = 30
+"""How long after a failure it is tried again."""
 Task = Callable[[runs.Run], None]
-PATIENCE_S = 60
-"""How long the end of a training waits for what is still to be written."""
+PATIENCE_S, STOPPED_PATIENCE_S = 60, 10
+"""How long the end of a training waits for what is still to be written; one that was stopped."""
 
 
 class Live:
     """Shows a run in MLflow while the block runs.
 
-    ``settings`` are those of the whole training or, under its name, of each part.
+    What MLflow does not take is kept, and shown when it answers again. ``settings`` are those of
+    the whole training or, under its name, of each part.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Live:
     ) -> None:
         self._registry, self._run, self._settings = registry, run.resolve(), settings
         self._stage = stage
-        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._tasks: deque[Task] = deque()
+        self._news = Event()
+        self._ends = self._given_up = False
         self._thread = Thread(target=self._work, daemon=True)
         self._last: tuple[str | None, int, float] | None = None
         self.status = "KILLED"
@@ -54,12 +58,16 @@ class Live:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and not issubclass(kind, (SystemExit, KeyboardInterrupt)):
+        stopped = kind is not None and issubclass(kind, (SystemExit, KeyboardInterrupt))
+        if kind is not None and not stopped:
             self.status = "FAILED"
-        self._tasks.put(None)
-        self._thread.join(PATIENCE_S)
+        self._ends = True
+        self._news.set()
+        patience = STOPPED_PATIENCE_S if stopped else PATIENCE_S
+        self._thread.join(patience)
         if self._thread.is_alive():
-            say(f"{self._stage}: MLflow did not take all of the run within {PATIENCE_S} s")
+            self._given_up = True
+            say(f"{self._stage}: MLflow did not take all of the run within {patience} s")
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """A line of ``log.jsonl``, with the samples a second since the line before."""
@@ -75,8 +83,18 @@ class Live:
         self._do(lambda run: run.log({}, {(name, step): one for name, one in points.items()}))
 
     def picture(self, path: Path, folder: str = "samples") -> None:
-        """A sheet of samples, or of what else the folder is named for."""
-        self._do(lambda run: run.client.log_artifact(run.identity, str(path), folder))
+        """A sheet of samples, or of what else the folder is named for.
+
+        One that is not taken is said and left: it lies in the run's folder.
+        """
+
+        def show(run: runs.Run) -> None:
+            try:
+                run.client.log_artifact(run.identity, str(path), folder)
+            except Exception as error:  # Each kind of store has its own.
+                say(f"{path}: not shown in MLflow ({connection.first_line(error)})")
+
+        self._do(show)
 
     def finish(self, model_digest: str) -> None:
         """The training is done, and this is its model."""
@@ -85,38 +103,54 @@ class Live:
         self._do(lambda run: run.client.set_tag(run.identity, *tag))
 
     def _do(self, task: Task) -> None:
-        if self._thread.is_alive():
-            self._tasks.put(task)
+        self._tasks.append(task)
+        self._news.set()
 
     def _work(self) -> None:
-        """The thread: what is queued, in order, until the end."""
-        try:
-            client = connection.connect(connection.tracking_uri(self._registry.tracking_uri))
-            note_dead(self._registry, client)
-            tags = life_tags(self._run)
-            run = runs.continue_run(
-                client, self._registry.experiment, self._run.name, tags, RUN_TOKEN
-            )
-            with runs.system_metrics(run):
-                run.log(dict(flat(self._settings)), {})
-                for task in self._queued(run):
-                    task(run)
-            client.set_terminated(run.identity, self.status)
-        except connection.failures() as error:
-            say(f"{self._stage}: not shown in MLflow from here on ({connection.first_line(error)})")
+        """The thread: what is queued, in order, until the end; after a failure once more."""
+        told = False
+        while not self._given_up:
+            try:
+                return self._show()
+            except connection.failures() as error:
+                if not told:
+                    line = connection.first_line(error)
+                    say(f"{self._stage}: MLflow does not take the run ({line}); trying again")
+                told = True
+            self._pause()
+        return None
 
-    def _queued(self, run: runs.Run) -> Iterator[Task]:
+    def _pause(self) -> None:
+        """Until it is time for another try; at the end that is soon."""
+        begin = time.monotonic()
+        while (left := begin + (1 if self._ends else AGAIN_S) - time.monotonic()) > 0:
+            self._news.wait(left)
+            self._news.clear()
+
+    def _show(self) -> None:
+        """Find the run again or make it, and write what is queued; raises what MLflow does."""
+        client = connection.connect(connection.tracking_uri(self._registry.tracking_uri))
+        note_dead(self._registry, client)
+        tags, name = life_tags(self._run), self._run.name
+        run = runs.continue_run(client, self._registry.experiment, name, tags, RUN_TOKEN)
+        with runs.system_metrics(run):
+            run.log(dict(flat(self._settings)), {})
+            self._write_queued(run)
+        client.set_terminated(run.identity, self.status)
+
+    def _write_queued(self, run: runs.Run) -> None:
         """What is queued, until the end; meanwhile the run says now and then that it lives.
 
         One that was taken for dead, on a machine that slept, is running again.
         """
         beat = time.monotonic()
-        while True:
-            with suppress(Empty):
-                task = self._tasks.get(timeout=BEAT_S)
-                if task is None:
-                    return
-                yield task
+        while self._tasks or not self._ends:
+            if self._tasks:
+                self._tasks[0](run)
+                self._tasks.popleft()  # Behind it: what fails stays.
+            else:
+                self._news.wait(BEAT_S)
+                self._news.clear()
             if time.monotonic() - beat >= BEAT_S:
                 run.lives(life_tags(self._run))
                 beat = time.monotonic()

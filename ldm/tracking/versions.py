@@ -16,7 +16,8 @@ PIPELINE = "pipeline"
 MODEL_DIGEST = "model_digest"
 """Tag of a version: the digest of its pipeline folder's manifest."""
 EVAL_DIGEST, PROMPTS, SAMPLING = "eval_digest", "prompts_digest", "sampling_digest"
-"""Tags of a version: what judged it, on which prompts, with which settings."""
+JUDGE = "judge_digest"
+"""Tags of a version: what judged it, on which prompts, with which settings and by which CLIP."""
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 """Aliases of a version: registered last, in use, in use before."""
 Metrics = dict[str, float]
@@ -47,6 +48,18 @@ def version_of(client: MlflowClient, name: str, version: str) -> tuple[ModelVers
     except MlflowException as error:
         raise UserError(f"{name}: has no version {version!r}; `mlflow ui` shows them") from error
     return found, client.get_run(found.run_id).data.metrics
+
+
+def exists(client: MlflowClient, name: str, version: str) -> bool:
+    """Whether there is such a version; one can be deleted."""
+    return bool(client.search_model_versions(f"name = '{name}' and version_number = {version}"))
+
+
+def with_tag(client: MlflowClient, name: str, tag: str, like: ModelVersion) -> list[str]:
+    """The versions of a registered model that have a tag, of those with the weights of one."""
+    digest = like.tags.get(MODEL_DIGEST)
+    found = client.search_model_versions(f"name = '{name}' and tags.{MODEL_DIGEST} = '{digest}'")
+    return [str(one.version) for one in found if tag in one.tags]
 
 
 def find_version(client: MlflowClient, name: str, tags: Mapping[str, str]) -> ModelVersion | None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.cache import LatentCache
 from ldm.errors import UserError
 from ldm.termination import ignore
-from ldm.train.draws import TIMESTEPS, TRAIN, VALIDATION, counter_based
+from ldm.train.draws import DROPOUT, TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.train.order import Order, by_shape
 
 Item = TypeVar("Item")
@@ -85,6 +85,11 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, micro_batch: int) -> Batch:
         return self.at(self.positions(micro_batch))
 
+    def own_seed(self, micro_batch: int) -> int:
+        """For what a network draws by itself on this process's batch, as dropout does."""
+        rng = counter_based(self.seed, DROPOUT, self.positions(micro_batch).start)
+        return int(rng.integers(2**63))
+
     def positions(self, micro_batch: int) -> range:
         """This process's of a micro-batch."""
         first = micro_batch * self.batch_size + self.rank * self.share
@@ -113,11 +118,12 @@ class TrainingBatches(Dataset[Batch]):
 
 
 def made_ahead(
-    batches: TrainingBatches, numbers: range, workers: int, *, pinned: bool
+    batches: TrainingBatches, numbers: range, workers: int, *, pinned: bool, patience_s: int
 ) -> Generator[Batch]:
     """The micro-batches of these numbers, made ahead by so many processes, or else by a thread.
 
-    These end when this is closed. ``pinned``: in memory that a GPU copies from.
+    These end when this is closed. ``pinned``: in memory that a GPU copies from. RuntimeError when a
+    process makes none for ``patience_s``.
     """
     loader = DataLoader(
         _Told(batches) if workers else batches,
@@ -125,6 +131,7 @@ def made_ahead(
         batch_size=None,
         num_workers=workers,
         pin_memory=pinned,
+        timeout=patience_s if workers else 0,
         worker_init_fn=ignore,
     )
     coming = iter(loader)
@@ -139,6 +146,9 @@ def made_ahead(
     finally:
         # Python ends them by SIGTERM, which they leave to us, and would wait for them for ever.
         coming._shutdown_workers()  # type: ignore[attr-defined]
+        for process in coming._workers:  # type: ignore[attr-defined]
+            process.kill()  # One that stands still.
+            process.join()
 
 
 class _Told(Dataset[Batch | Exception]):

@@ -12,6 +12,7 @@ from ldm.artifacts import write_whole
 from ldm.cache import LatentCache
 from ldm.config import Sampling, Train
 from ldm.device import device_of
+from ldm.errors import UserError
 from ldm.grid import captioned_grid
 from ldm.images import encode_png
 from ldm.models import Encoders
@@ -44,7 +45,10 @@ class SampleSheet:
         unet: Network,
         schedule: dict[str, Any],
     ) -> SampleSheet | None:
-        """What a training is to draw, with the very network that it trains; None for nothing."""
+        """What a training is to draw, with the very network that it trains; None for nothing.
+
+        UserError where ``sampling`` cannot follow the noise schedule.
+        """
         if config.sample_every is None:
             return None
         captions = dict.fromkeys(held_out.caption(sample) for sample in range(len(held_out)))
@@ -55,6 +59,13 @@ class SampleSheet:
         # One that has been used is saved with other settings.
         tokenizer = deepcopy(encoders.tokenizer)
         painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
+        try:
+            painter.sampler(sampling)
+        except UserError as error:
+            raise UserError(
+                f"evaluate.sampling: cannot draw the training's sheets ({error}); change that, or "
+                "set train.sample_every to null"
+            ) from error
         return cls(painter, config.sample_prompts or tuple(first), sampling)
 
     def draw(

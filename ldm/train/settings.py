@@ -69,8 +69,8 @@ def accelerator_for(config: Train, device: torch.device) -> Accelerator:
 def settings_of_result(config: Train) -> dict[str, Any]:
     """The settings that decide the result; where, in which parts and how often to save do not."""
     how = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "accelerate", "track"}
-    how |= {"accumulation", "gradient_checkpointing", "patience_s"}
-    how |= {"sample_every", "sample_prompts"}
+    how |= {"accumulation", "gradient_checkpointing", "patience_s", "max_skipped"}
+    how |= {"validate_every", "sample_every", "sample_prompts"}
     return {key: value for key, value in config.as_dict().items() if key not in how}
 
 

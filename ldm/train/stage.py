@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ldm import checkpoint, code
-from ldm.artifacts import digest_json, opening, write_whole, writing
+from ldm.artifacts import described, digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import EvaluationSampling, Pretrained, Registry, Sampling, Train
 from ldm.denoiser import Denoiser
@@ -84,14 +84,18 @@ def train(
     accelerator = accelerator_for(config, device)
     check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
-    cache, held_out = (LatentCache(latents, split, texts) for split in ("train", "validation"))
+    # One process of a machine reads all of it.
+    check = opening if accelerator.is_local_main_process else described
+    made = check(latents, "latents", "encode")
+    cache, held_out = (LatentCache(made, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     unet, schedule = starting_point(config, pretrained, cache, encoders)
     start = digest_weights(unet)
     inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
     settings = settings_of_result(config)
     deciding = [pretrained.network, *code.digests(*DECIDING, "nn")]
-    identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
+    scaling = {"scaling": digest_json([cache.scaling_factor, cache.shift_factor])}
+    identity: Identity = {"config": settings, "inputs": inputs | scaling, "code": deciding}
     if resume is not None:
         identity = continued(identity, resume, changed=changed)
     run = folder_of(runs, identity)
@@ -128,7 +132,8 @@ def train(
             sys.exit(termination.exit_code)
         if main:
             if sharded:
-                encoders, unet, schedule = load_model(Source(str(checkpoint.folders(run)[-1])))
+                last = Source(str(checkpoint.folders(run)[-1]))
+                encoders, unet, schedule = load_model(last, pretrained.network)
             else:
                 trainer.ema.swap()
             counts = {"steps": config.steps, "samples": config.steps * config.batch_size}

@@ -69,7 +69,7 @@ def _side(cache: LatentCache, encoders: Encoders) -> int:
 
 def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> None:
     """Latents of another autoencoder would train without an error, towards nothing."""
-    remedy = "run `ldm encode` again"
+    remedy = "run `ldm encode` again, or `dvc repro --force --single-item encode`"
     for part, digest in digests(encoders).items():
         if cache.manifest.inputs.get(part) != digest:
             raise UserError(
@@ -90,5 +90,5 @@ def _check_reads_the_same(cache: LatentCache, init: str, text_encoder: torch.nn.
     if cache.manifest.inputs["text_encoder"] != digest_weights(text_encoder):
         raise UserError(
             f"train.init {init}: has another text encoder than {cache.manifest.path} was encoded "
-            "with; name it in pretrained.pipeline too, and run `ldm encode` again"
+            "with; name it in pretrained.pipeline too, and encode again"
         )

@@ -26,7 +26,6 @@ from ldm.termination import StoppedError, Termination
 from ldm.tracking.live import Live
 from ldm.train import fsdp
 from ldm.train.data import Batch, TrainingBatches, made_ahead
-from ldm.train.draws import DROPOUT, counter_based
 from ldm.train.ema import Ema
 from ldm.train.objective import Objective
 from ldm.train.optimizers import make_optimizer
@@ -36,7 +35,7 @@ from ldm.train.state import TrainingState
 from ldm.train.validation import validation_loss
 
 LONG_S = 2.0
-"""Steps that take longer look between their micro-batches for a signal that asks to stop."""
+"""After a step that took longer one looks between micro-batches for a signal that asks to stop."""
 
 
 class Trainer:
@@ -78,7 +77,7 @@ class Trainer:
                 denoiser, make_optimizer(config, denoiser)
             )
         self.parameters = list(self.prepared.parameters())
-        self._takes_long = True  # As the first step may; then as the one before did.
+        self._takes_long, self._began = True, monotonic()
         self.ema = Ema(trained(denoiser), config.ema_decay, config.steps)
         self.state = TrainingState(accelerator, denoiser, self.optimizer, self.ema, sharded)
         self.batches = TrainingBatches(
@@ -125,7 +124,7 @@ class Trainer:
                         milestones.conclude(step, stopping=True)
                     return False
                 done = step + 1
-                if done % config.log_every == 0 and math.isfinite(loss + norm):
+                if self._logs_at(done) and math.isfinite(loss + norm):
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
                     shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
                     bar.set_postfix_str(shown, refresh=False)
@@ -140,6 +139,9 @@ class Trainer:
         draw = partial(self._draw, termination)
         every = (config.validate_every, config.checkpoint_every, config.sample_every)
         return Milestones(config.steps, *every, log, validate, save, draw, self._drawn)
+
+    def _logs_at(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.log_every == 0
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
@@ -164,20 +166,23 @@ class Trainer:
         so decide alike. StoppedError, with nothing changed, if one was asked to stop amid a step
         that takes long.
         """
-        accelerator, begin = self.accelerator, monotonic()
+        accelerator = self.accelerator
+        # A process that left while others compute would leave them waiting.
+        breaking = nullcontext if accelerator.num_processes > 1 else termination.breaking
         losses = []
         for part in range(self.config.accumulation):
             if part and self._takes_long and self._on_any_process(termination.signal is not None):
                 raise StoppedError
-            batch = next(micro_batches).to(accelerator.device)
-            self._seed_dropout(step * self.config.accumulation + part)
+            with breaking():
+                batch = next(micro_batches).to(accelerator.device)
+            torch.manual_seed(self.batches.own_seed(step * self.config.accumulation + part))
             with accelerator.accumulate(self.prepared), accelerator.autocast():
                 each = self.objective.loss(self.prepared, batch)
                 accelerator.backward(each.mean())
             losses.append(each.detach())
         gradient = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         each_loss, asked = torch.stack(losses), termination.signal is not None
-        loss, norm, stopping = self._figures(each_loss, gradient, asked, monotonic() - begin)
+        loss, norm, stopping = self._figures(each_loss, gradient, asked)
         # A scaler is told of each gradient, and of nothing else.
         finite = math.isfinite(norm) and (accelerator.scaler is not None or math.isfinite(loss))
         # A scaler finds its scale by overflowing, and skips such steps itself.
@@ -192,26 +197,20 @@ class Trainer:
         return round(loss, 6), round(norm, 4), stopping
 
     def _figures(
-        self, losses: torch.Tensor, norm: torch.Tensor, asked: bool, seconds: float
+        self, losses: torch.Tensor, norm: torch.Tensor, asked: bool
     ) -> tuple[float, float, bool]:
         """Mean loss over the processes, gradient norm, whether one of them was asked to stop.
 
-        The step took them so many seconds.
-
         The step's one wait for the device: what a GPU is told after it, it has in its queue when
-        the next step begins.
+        the next step begins. From here to here is how long a step takes.
         """
         whole = fsdp.whole(norm)
-        said = torch.tensor((float(asked), seconds), device=whole.device, dtype=losses.dtype)
-        everywhere = self.accelerator.reduce(torch.cat((losses.mean().reshape(1), said)), "mean")
+        # Filled on the device: a copy to it would be a second wait.
+        said = [losses.new_full((), one) for one in (float(asked), monotonic() - self._began)]
+        everywhere = self.accelerator.reduce(torch.stack((losses.mean(), *said)), "mean")
         loss, stopping, took, found = torch.cat((everywhere, whole.reshape(1))).tolist()
-        self._takes_long = took > LONG_S
+        self._takes_long, self._began = took > LONG_S, monotonic()
         return loss, found, stopping > 0
-
-    def _seed_dropout(self, micro_batch: int) -> None:
-        """What a network draws by itself is a function of the first position of a batch."""
-        rng = counter_based(self.config.seed, DROPOUT, self.batches.positions(micro_batch).start)
-        torch.manual_seed(int(rng.integers(2**63)))
 
     def _validate(self, save: Save, termination: Termination, step: int) -> dict[str, Any] | None:
         """The averaged weights' loss, None if a signal came meanwhile.
@@ -282,7 +281,8 @@ class Trainer:
         per_step = self.config.accumulation
         numbers = range(first * per_step, self.config.steps * per_step)
         pinned = self.accelerator.device.type == "cuda"
-        return made_ahead(self.batches, numbers, self.config.workers, pinned=pinned)
+        workers, patience_s = self.config.workers, self.config.patience_s
+        return made_ahead(self.batches, numbers, workers, pinned=pinned, patience_s=patience_s)
 
     def _save(
         self, saver: Saver, log: RunLog, step: int, val_loss: float | None, *, last: bool
