@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,7 +90,13 @@ def test_two_processes_that_share_the_weights_do_what_one_does(spread: Path, alo
 def test_so_does_diffusers_network_with_a_text_encoder(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
-    more = {"text_learning_rate": 1e-4, "gradient_checkpointing": True}
+    start = tmp_path / "start"
+    shutil.copytree(pipeline, start)
+    own = UNet2DConditionModel.load_config(start / "unet")
+    # One that our own network does not know.
+    unet = UNet2DConditionModel.from_config({**own, "mid_block_type": None})
+    unet.save_pretrained(start / "unet")
+    more = {"text_learning_rate": 1e-4, "gradient_checkpointing": True, "init": start}
     for name, how in (("spread", SPREAD), ("alone", {})):
         launched(pipeline, latents, tmp_path / name, network="diffusers", **more, **how)
     assert_alike(tmp_path / "spread", tmp_path / "alone")

@@ -143,6 +143,21 @@ def test_what_generate_is_not_told_params_yaml_says(
     assert json.loads((tmp_path / "out" / "job.json").read_text())["seed"] == seed
 
 
+def test_what_generate_is_told_reaches_the_job(pipeline: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "params.yaml", {"generate": {"steps": 2}})
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    told = {"steps": 1, "guidance": 3.0, "sampler": "euler", "height": 32, "width": 96}
+    more = {"num_images": 2, "negative": "blue", "fast": True, "rows_per_shard": 5}
+    with disable_run_logger():
+        said = generate.fn("prompts.txt", "out", str(pipeline), **told, **more, root=tmp_path)
+    assert said == "generate: 2 pictures -> out"
+    made = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").open()]
+    for one in made:
+        assert told.items() <= one.items() and one["negative"] == "blue"
+        assert one["guided_to"] < 1
+    assert list((tmp_path / "out").glob("*.tar"))
+
+
 # When nothing is to be done
 
 

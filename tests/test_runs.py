@@ -11,7 +11,7 @@ import torch
 
 from ldm import checkpoint
 from ldm.artifacts import opening
-from ldm.config import Pretrained, Train
+from ldm.config import Pretrained, Sampling, Train
 from ldm.errors import UserError
 from ldm.train.stage import train
 from tests.launched import SHORT
@@ -144,6 +144,39 @@ def test_another_noise_schedule_makes_another_run(
     with pytest.raises(UserError, match=r"trained otherwise \(another noise schedule\)"):
         run(other, latents, tmp_path, resume=earlier, steps=2)
     assert run(other, latents, tmp_path, steps=2) != earlier
+
+
+def test_latents_scaled_otherwise_make_another_run(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    """Their bytes are the same: the cache holds them unscaled."""
+    other, encoded = tmp_path / "other", tmp_path / "latents"
+    shutil.copytree(pipeline, other)
+    shutil.copytree(latents, encoded)
+    earlier = run(other, encoded, tmp_path, steps=2)
+    for file in (other / "vae" / "config.json", encoded / "manifest.json"):
+        told = json.loads(file.read_text())
+        told.get("config", told)["scaling_factor"] *= 2
+        file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"trained otherwise \(another scaling of the latents\)"):
+        run(other, encoded, tmp_path, resume=earlier, steps=2)
+    assert run(other, encoded, tmp_path, steps=2) != earlier
+
+
+def test_how_often_to_look_is_no_other_run(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    earlier = run(pipeline, latents, tmp_path, steps=2)
+    looked = {"validate_every": 1, "max_skipped": 3, "log_every": 1, "checkpoint_every": 1}
+    assert run(pipeline, latents, tmp_path, steps=2, **looked) == earlier
+
+
+def test_a_sampler_that_cannot_draw_the_sheets_is_refused_before_the_first_step(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    config = Train.model_validate({**HALF, "noise": {"prediction": "flow_prediction"}})
+    paths = (latents, tmp_path / "model", tmp_path / "runs")
+    with pytest.raises(UserError, match=r"evaluate\.sampling: cannot draw .*train\.sample_every"):
+        train(config, Pretrained(pipeline=str(pipeline)), *paths, sampling=Sampling(sampler="lms"))
+    assert not list(tmp_path.glob("runs/*/step-*"))
 
 
 @pytest.mark.parametrize(

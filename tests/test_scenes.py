@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from ldm.errors import UserError
 from ldm.scenes import lists, reader
 from ldm.scenes.captions import CHINESE, PLURALS, RELATION_WORDINGS, caption, plain_caption
 from ldm.scenes.lists import caption_of
@@ -75,6 +76,26 @@ def test_lists_are_the_same_bytes_twice_and_as_pinned(tmp_path: Path) -> None:
     once, again = (_digests(tmp_path / folder) for folder in ("once", "again"))
     assert once == again
     assert once == PINNED
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("train.csv", "url,caption\nhttps://example.org/a.jpg,a cat\n"),
+        ("prompts.jsonl", '{"prompt": "a cat"}\n'),
+    ],
+)
+def test_lists_of_ones_own_are_not_replaced(tmp_path: Path, name: str, own: str) -> None:
+    lists.write_lists(tmp_path, "retrain", 20, 10, prompts_a_group=2)
+    before = _digests(tmp_path)
+    file = tmp_path / name
+    file.write_text(file.read_text() + own.removeprefix("url,caption\n"))
+    with pytest.raises(UserError, match=rf"{name}: was not written by `ldm scenes`"):
+        lists.write_lists(tmp_path, "retrain", 30, 10, prompts_a_group=2)
+    file.write_text(own)
+    with pytest.raises(UserError, match="move it away, or name another folder with --out"):
+        lists.write_lists(tmp_path, "retrain", 30, 10, prompts_a_group=2)
+    assert _digests(tmp_path).items() - before.items() == {(name, _digests(tmp_path)[name])}
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from ldm.artifacts import write_whole
 from ldm.errors import UserError
-from ldm.image_shards import SPLITS
 from ldm.scenes.captions import caption, plain_caption
 from ldm.scenes.world import (
     FORMS,
@@ -34,7 +33,7 @@ from ldm.scenes.world import (
 
 ORIGIN = "http://127.0.0.1:8964"
 """Where the embedded origin serves; the lists name it."""
-PROMPTS = "prompts.jsonl"
+SPLITS, PROMPTS = ("train", "validation"), "prompts.jsonl"
 
 
 @dataclass(frozen=True)
