@@ -79,7 +79,7 @@ def evaluate(
     inputs = {
         "model": trained.digest,
         "prompts": digest_file(prompts_file),
-        "clip": digest_weights(clip[0]),
+        "clip": digest_weights(clip[1]),
     }
     with writing(
         out, "eval", config=config.as_dict(), inputs=inputs, counts={"prompts": len(prompts)}
