@@ -179,14 +179,26 @@ def _prune(run: Path, keep: int, newest: Path) -> None:
     Later ones, which are damaged or it would not be written again, count for nothing.
     """
     found = [folder for folder in folders(run) if folder <= newest]
-    losses = {folder: _val_loss(folder) for folder in found}
-    best = min(found, key=losses.__getitem__)
-    for old in found[:-keep]:
-        if old != best or losses[old] == math.inf:
-            try:
-                shutil.rmtree(old)
-            except OSError as error:
-                say(f"{old}: an old checkpoint that cannot be removed ({error})")
+    for old in {*found[:-keep]} - {best(run, newest)}:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            say(f"{old}: an old checkpoint that cannot be removed ({error})")
+
+
+def best(run: Path, newest: Path | None = None) -> Path | None:
+    """The checkpoint with the lowest validation loss, up to the ``newest`` that counts.
+
+    None if none has one.
+    """
+    found = [folder for folder in folders(run) if newest is None or folder <= newest]
+    losses = {folder: loss for folder in found if (loss := _val_loss(folder)) < math.inf}
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _val_loss(folder: Path) -> float:

@@ -113,6 +113,13 @@ def _train(options: argparse.Namespace) -> None:
         launch_training(params, latents, options.out, options.runs, **how)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from ldm.export import export
+
+    _params(options)  # A start that is a registered model is looked for where they say.
+    export(options.checkpoint, options.out)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from ldm.evaluate import evaluate
 
@@ -210,6 +217,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "first-stage": _first_stage,
     "encode": _encode,
     "train": _train,
+    "export": _export,
     "evaluate": _evaluate,
     "register": _register,
     "promote": _promote,

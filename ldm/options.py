@@ -20,6 +20,7 @@ IMAGES = Path("artifacts/images")
 FIRST_STAGE = Path("artifacts/first-stage")
 LATENTS = Path("artifacts/latents")
 MODEL = Path("artifacts/model")
+EXPORTED = Path("exported")
 EVAL = Path("artifacts/eval")
 REPORT = Path("artifacts/report")
 EXPLAINED = Path("explained")
@@ -73,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
         help="what the latents must be of, if it is there; default: `images` beside the latents",
     )  # fmt: skip
     _resuming_options(training)
+    export = command("export", "a training's checkpoint as a model, as `train` makes", out=EXPORTED)
+    export.add_argument(
+        "checkpoint", type=Path, metavar="RUN[/step-NNNNNNNN]",
+        help="checkpoint, or the run whose best by validation loss is taken",
+    )  # fmt: skip
     command("evaluate", "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", "log the training to MLflow, name it challenger",

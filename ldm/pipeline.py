@@ -37,7 +37,8 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     model, weights = checkpoint.averaged(folder)
     encoders = load_encoders(locate(model.pipeline, model.revision))
     if model.lora is not None:
-        return encoders, _adapted(Base(**model.lora), weights, network), model.schedule
+        adapters = _adapters(Base(**model.lora), weights, network)
+        return encoders, adapters.merge(), model.schedule
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet)
     trains_text = any(name.startswith("text_encoder.") for name in weights)
@@ -46,8 +47,14 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     return encoders, run_by(network, unet), model.schedule
 
 
-def _adapted(base: Base, weights: checkpoint.Tensors, network: str) -> Network:
-    """The network that adapters were trained beside, with ``weights``, theirs, merged into it."""
+def load_adapters(folder: Path, network: str = "ldm") -> Adapters | None:
+    """Those that a training's checkpoint holds, beside their network; None if it holds none."""
+    model, weights = checkpoint.averaged(folder)
+    return _adapters(Base(**model.lora), weights, network) if model.lora else None
+
+
+def _adapters(base: Base, weights: checkpoint.Tensors, network: str) -> Adapters:
+    """``weights`` beside the network that they were trained beside."""
     unet = load_unet(locate(base.name, base.revision), network)
     if digest_weights(unet) != base.digest:
         raise UserError(
@@ -56,7 +63,7 @@ def _adapted(base: Base, weights: checkpoint.Tensors, network: str) -> Network:
         )
     adapters = Adapters(unet, Lora.model_validate(base.lora))
     Denoiser(unet).restore(weights)
-    return adapters.merge()
+    return adapters
 
 
 def save_pipeline(

@@ -105,7 +105,7 @@ def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
             known = json.loads(file.read_text())
         except ValueError:
             continue  # A damaged one is nothing to go on from.
-        steps = [int(one.name.removeprefix("step-")) for one in checkpoint.folders(file.parent)]
+        steps = [*map(checkpoint.step_of, checkpoint.folders(file.parent))]
         same_latents = known["inputs"].get("latents") == identity["inputs"]["latents"]
         if not same_latents or not steps or known == identity:
             continue

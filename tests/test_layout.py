@@ -22,6 +22,7 @@ STAGES = {
     "generate",
     "explain",
     "report",
+    "export",
     "trace",
 }
 ALLOWED = {"report": "registry", "trace": "ingest.rows"}

@@ -1,0 +1,56 @@
+"""``ldm export``: a checkpoint of a training as the folder that the training ends with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm import checkpoint
+from ldm.artifacts import write_whole, writing
+from ldm.errors import UserError
+from ldm.lora import FOLDER
+from ldm.models import Source
+from ldm.pipeline import load_adapters, load_model, save_pipeline
+from ldm.progress import say
+from ldm.run_log import LOG, entries
+from ldm.runs import RUN
+
+
+def export(named: Path, out: Path) -> None:
+    """Write the averaged weights of a checkpoint as a pipeline folder, as ``ldm train`` does.
+
+    ``named``: the checkpoint, or the folder of its run for the one with the lowest validation loss.
+    What comes out can be evaluated and registered. UserError where that is no checkpoint, or not
+    whole.
+    """
+    folder = checkpoint.best(named) if (named / RUN).is_file() else named
+    if folder is None or not (folder.parent / RUN).is_file():
+        raise UserError(
+            f"{named}: is no checkpoint of `ldm train`; name a folder of runs/, or a step-NNNNNNNN "
+            "in one"
+        )
+    identity = json.loads((folder.parent / RUN).read_text())
+    network = identity["code"][0]
+    adapters = load_adapters(folder, network)
+    encoders, unet, schedule = load_model(Source(str(folder)), network)
+    step, config = checkpoint.step_of(folder), identity["config"]
+    counts = {"steps": step, "samples": step * config["batch_size"]}
+    lines = [line for line in entries(folder.parent / LOG) if line["step"] <= step]
+    inputs = {name: one for name, one in identity["inputs"].items() if name != "scaling"}
+    with writing(out, "model", config=config, inputs=inputs, counts=counts) as fresh:
+        if adapters:
+            adapters.save(fresh / FOLDER)
+        save_pipeline(fresh, encoders, unet, schedule)
+        write_whole(fresh / LOG, _text(lines).encode())
+    say(f"export: step {step}, val_loss {_val_loss(lines)} -> {out}")
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+def _val_loss(lines: list[dict[str, Any]]) -> str:
+    """Of the last step that was validated."""
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    return f"{losses[-1]:.4f}" if losses else "not measured"
