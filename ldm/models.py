@@ -100,9 +100,12 @@ def load_encoders(source: Source) -> Encoders:
 
 
 def digests(encoders: Encoders) -> dict[str, str]:
-    """What latents depend on, by part: of float32 weights, whatever they are computed in."""
+    """What latents depend on, by part: of float32 weights, whatever they are computed in.
+
+    Of the VAE that is all but its decoder.
+    """
     return {
-        "vae": digest_weights(encoders.vae),
+        "vae": digest_weights(encoders.vae, but=("decoder.", "post_quant_conv.")),
         "text_encoder": digest_weights(encoders.text_encoder),
         "tokenizer": digest_json(encoders.tokenizer.get_vocab()),
     }
@@ -114,10 +117,14 @@ def load_clip(source: Source) -> tuple[CLIPTokenizer, CLIPModel]:
     return tokenizer, _frozen(load_part(CLIPModel, source, None, dtype=torch.float32))
 
 
-def digest_weights(module: torch.nn.Module) -> str:
-    """sha256 over every tensor's name, shape, dtype and bytes, in order of name."""
+def digest_weights(module: torch.nn.Module, but: tuple[str, ...] = ()) -> str:
+    """sha256 over every tensor's name, shape, dtype and bytes, in order of name.
+
+    Those whose name begins as one of ``but`` are left out.
+    """
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = ((name, one) for name, one in module.state_dict().items() if not name.startswith(but))
+    for name, tensor in sorted(tensors):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

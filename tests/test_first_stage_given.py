@@ -93,3 +93,26 @@ def test_a_vae_of_ones_own_goes_through_encode_and_train(
     train(config, pretrained, latents, tmp_path / "model", runs)
     model = digests(load_encoders(Source(str(tmp_path / "model"))))
     assert model == after
+
+
+def test_a_new_decoder_asks_for_no_new_latents(
+    pipeline: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, runs, latents = tmp_path / "first-stage", tmp_path / "runs", tmp_path / "latents"
+    encode(Encode(batch_size=16), Pretrained(pipeline=str(pipeline)), images, latents, runs)
+    before = opening(latents, "latents", "encode")
+    vae = {**SHORT, "init": str(pipeline), "trains": "decoder"}
+    config = {"vae": vae, "text_encoder": str(pipeline), "log_every": 1, "track": False}
+    first_stage(FirstStage.model_validate(config), images, own, runs)
+    pretrained = Pretrained(pipeline=str(own))
+    settings = {"steps": 2, "batch_size": 4, "init": str(pipeline), "mixed_precision": "no"}
+    model = tmp_path / "model"
+    train(Train.model_validate(settings), pretrained, latents, model, runs)
+    decoders = [load_vae(Source(str(one))).decoder.state_dict() for one in (pipeline, own, model)]
+    assert not torch.equal(*(one["conv_out.weight"] for one in decoders[:2]))
+    assert torch.equal(*(one["conv_out.weight"] for one in decoders[1:]))
+    capsys.readouterr()
+    encode(Encode(batch_size=16), pretrained, images, latents, runs)
+    assert "16 validation pictures (0 encoded, the rest reused)" in capsys.readouterr().out
+    after = opening(latents, "latents", "encode")
+    assert (after.files, after.inputs) == (before.files, before.inputs)

@@ -32,8 +32,8 @@ class VaeTraining(PartTraining):
     That keeps its scaling factor, and asks for a ``learning_rate`` of 1e-5, say, and a
     ``kl_weight`` of 1e-6: the defaults are for random weights."""
     trains: Literal["all", "decoder"] = "all"
-    """``decoder``, of a VAE that is there already: ``ldm encode`` makes the latents that it made
-    before, and what was trained on them stays of use."""
+    """``decoder``, of a VAE that is there already: its latents stay what they are, and so does all
+    that was encoded by it and trained on that."""
     widths: tuple[Count, ...] = (16, 32, 64, 96)
     layers_per_block: Count = 1
     latent_channels: Count = 4
