@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from ldm.batches import in_full_batches
 from ldm.config import Sampling
 from ldm.device import (
     CPU_ASKED,
@@ -80,3 +82,14 @@ def test_attention_is_plain_in_a_training_alone(reduced: bool) -> None:
         cuda.allow_fp16_bf16_reduction_math_sdp(before[1])
     with plain_attention(torch.device("cuda")):
         assert switches() == before
+
+
+def test_threads_that_compute_are_on_the_gpu_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself each new thread is on the first: of two processes, one's weights are on another."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    found = list(in_full_batches(lambda batch: np.array(batch), range(5), 2, at_a_time=2))
+    assert found == [*range(5)]
+    assert chosen and set(chosen) == {3}
