@@ -63,7 +63,7 @@ def test_an_error_ends_the_processes_that_make_batches() -> None:
             def __getitem__(self, number):
                 return number
 
-        with closing(made_ahead(Numbers(), range(100), 2, pinned=False)) as batches:
+        with closing(made_ahead(Numbers(), range(100), 2, pinned=False, patience_s=60)) as batches:
             assert next(batches) == 0
             raise RuntimeError("out of memory")
     """

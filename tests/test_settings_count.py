@@ -238,7 +238,8 @@ OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 """As in :data:`CASES`, of the settings that are not there: what else is set, and another value."""
 OF_NO_RESULT = {"workers", "accumulation", "gradient_checkpointing", "accelerate", "patience_s"}
-OF_NO_RESULT |= {"log_every", "checkpoint_every", "keep_checkpoints"}
+OF_NO_RESULT |= {"log_every", "validate_every", "checkpoint_every", "keep_checkpoints"}
+OF_NO_RESULT |= {"max_skipped"}
 OF_NO_RESULT |= {"sample_every", "sample_prompts", "track"}
 
 
