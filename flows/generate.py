@@ -29,17 +29,9 @@ def generate(
 ) -> str:
     """Run ``ldm generate`` on a prompts file; its line of result. What is not given is its own."""
     given = {
-        "out": out,
-        "model": model,
-        "seed": seed,
-        "negative": negative,
-        "num-images": num_images,
-        "sampler": sampler,
-        "steps": steps,
-        "guidance": guidance,
-        "height": height,
-        "width": width,
-        "rows-per-shard": rows_per_shard,
+        **{"out": out, "model": model, "seed": seed, "negative": negative, "sampler": sampler},
+        **{"steps": steps, "guidance": guidance, "height": height, "width": width},
+        **{"num-images": num_images, "rows-per-shard": rows_per_shard},
     }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     options += ["--fast"] if fast else []

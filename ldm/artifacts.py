@@ -148,24 +148,15 @@ def manifest_of(path: Path, remedy: str = "make it") -> Manifest | None:
         raise UserError(f"{path / MANIFEST}: cannot be read ({error}); {remedy} again") from error
 
 
-def opening(path: Path, kind: str, made_by_stage: str) -> Manifest:
-    """Read and verify the directory of that ``kind``.
+def opening(
+    path: Path, kind: str, made_by_stage: str, *, rank: int = 0, processes: int = 1
+) -> Manifest:
+    """Read and verify the directory of that ``kind``; of several ``processes`` each a share.
 
-    Raises :class:`UserError` as :func:`described` does, and when a file is missing, added or
-    altered.
+    Raises :class:`UserError` when it is missing, unfinished, of another kind or schema, or when a
+    file is missing, added or altered; the message names ``made_by_stage`` as the remedy.
     """
-    manifest = described(path, kind, made_by_stage)
-    _verify_files(path, manifest.files, _remedy(made_by_stage))
-    return manifest
-
-
-def described(path: Path, kind: str, made_by_stage: str) -> Manifest:
-    """What the directory of that ``kind`` says that it holds; for what another process verifies.
-
-    Raises :class:`UserError` when it is missing, unfinished, of another kind or schema; the message
-    names ``made_by_stage`` as the remedy.
-    """
-    remedy = _remedy(made_by_stage)
+    remedy = f"run `ldm {made_by_stage}` to make it"
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; {remedy}")
     manifest = manifest_of(path, remedy)
@@ -176,21 +167,19 @@ def described(path: Path, kind: str, made_by_stage: str) -> Manifest:
             f"{path}: holds {manifest.kind!r} of schema {manifest.schema_version}, "
             f"not {kind!r} of schema {SCHEMA_VERSION}; {remedy}"
         )
+    _verify_files(path, manifest.files, remedy, slice(rank, None, processes))
     return manifest
 
 
-def _remedy(made_by_stage: str) -> str:
-    return f"run `ldm {made_by_stage}` to make it"
-
-
-def _verify_files(path: Path, expected: Mapping[str, str], remedy: str) -> None:
-    found = digest_tree(path)
-    for name in sorted(expected.keys() | found.keys()):
+def _verify_files(path: Path, expected: Mapping[str, str], remedy: str, share: slice) -> None:
+    found = {name.relative_to(path).as_posix() for name in path.rglob("*") if name.is_file()}
+    for name in sorted(expected.keys() | (found - {MANIFEST})):
         if name not in found:
             raise UserError(f"{path / name}: is missing; {remedy} again")
         if name not in expected:
             raise UserError(f"{path / name}: is not in the manifest; {remedy} again")
-        if expected[name] != found[name]:
+    for name in sorted(expected)[share]:
+        if expected[name] != digest_file(path / name):
             raise UserError(f"{path / name}: is not what was written; {remedy} again")
 
 

@@ -244,8 +244,8 @@ def newest_folder(run: Path) -> Path | None:
             return folder
         if folder == found[0]:
             raise UserError(
-                f"{damage}, and there is no earlier checkpoint; put the file back, or remove {run} "
-                "to begin anew"
+                f"{damage}, and there is no earlier checkpoint; put the file back, or move {run} "
+                "away to begin anew"
             )
         say(f"{damage}; going on from an earlier checkpoint")
     return None
@@ -260,7 +260,7 @@ def damage_of(folder: Path) -> str | None:
     """Which file of a checkpoint is not as it was written; None if it is whole."""
     state = _state(folder)
     if state is None:
-        return f"{folder / STATE} is missing or altered"
+        return f"{folder / STATE} is missing or altered, or of an earlier version"
     for name, digest in state["files"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != digest:
             return f"{folder / name} is missing or altered"

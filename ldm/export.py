@@ -24,7 +24,13 @@ def export(named: Path, out: Path) -> None:
     What comes out can be evaluated and registered. UserError where that is no checkpoint, or not
     whole.
     """
-    folder = checkpoint.best(named) if (named / RUN).is_file() else named
+    folder: Path | None = named
+    if (named / RUN).is_file():
+        folder = checkpoint.best(named)
+        if folder is None:
+            raise UserError(
+                f"{named}: has no checkpoint with a validation loss yet; name one of its step-..."
+            )
     if folder is None or not (folder.parent / RUN).is_file():
         raise UserError(
             f"{named}: is no checkpoint of `ldm train`; name a folder of runs/, or a step-NNNNNNNN "
@@ -43,14 +49,14 @@ def export(named: Path, out: Path) -> None:
             adapters.save(fresh / FOLDER)
         save_pipeline(fresh, encoders, unet, schedule)
         write_whole(fresh / LOG, _text(lines).encode())
-    say(f"export: step {step}, val_loss {_val_loss(lines)} -> {out}")
+    say(f"export: step {step}, {_figure(lines, step)} -> {out}")
 
 
 def _text(lines: list[dict[str, Any]]) -> str:
     return "".join(f"{json.dumps(line)}\n" for line in lines)
 
 
-def _val_loss(lines: list[dict[str, Any]]) -> str:
-    """Of the last step that was validated."""
-    losses = [line["val_loss"] for line in lines if "val_loss" in line]
-    return f"{losses[-1]:.4f}" if losses else "not measured"
+def _figure(lines: list[dict[str, Any]], step: int) -> str:
+    """The validation loss of the step, if that was validated."""
+    losses = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] == step]
+    return f"val_loss {losses[-1]:.4f}" if losses else "not validated"

@@ -23,7 +23,7 @@ from ldm.termination import ASKING, taken_over
 
 AUTO = "auto"
 STOPPED = tuple(128 + number for number in ASKING)
-"""Exit codes of who was asked to stop, and did so itself."""
+"""Exit codes of who was asked to stop."""
 ONE_PROCESS = {"cuda": "infra/accelerate/gpu.yaml", "cpu": "infra/accelerate/cpu.yaml"}
 """What ``auto`` is, by the device that there is."""
 
@@ -60,11 +60,11 @@ def launch_training(
     try:
         _launch("train", train.accelerate, request)
     except SystemExit as ended:
-        if train.track and ended.code not in STOPPED:
+        if train.track:
             # A trainer that was killed could not say so itself.
             from ldm.tracking.liveness import note_dead
 
-            note_dead(params.registry)
+            note_dead(params.registry, hurried=ended.code in STOPPED)
         raise
 
 

@@ -7,7 +7,7 @@ of the code that decides a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,17 @@ def describe(run: Path, identity: Identity) -> None:
 
 
 def continued(
-    identity: Identity, earlier: Path, *, changed: bool, section: str = "train", part: str = ""
+    identity: Identity,
+    earlier: Path,
+    *,
+    changed: bool,
+    section: str = "train",
+    parts: Sequence[str] = ("",),
 ) -> Identity:
     """The identity of a training that goes on from where the run ``earlier`` stands.
 
     Where nothing differs that is the run itself; otherwise a new one, with ``earlier`` left as it
-    is. ``section`` names the settings, ``part`` the folder in a run that has its checkpoints.
+    is. ``section`` names the settings, ``parts`` the folders in a run that have its checkpoints.
     UserError for differences that are not said to be meant (``changed``), naming them.
     """
     if not (earlier / RUN).is_file():
@@ -58,6 +63,11 @@ def continued(
     known = json.loads((earlier / RUN).read_text())
     found = differences(known, identity, section)
     if not found:
+        if "from" in known and not all(checkpoint.folders(earlier / part) for part in parts):
+            raise UserError(
+                f"{earlier}: began from another run and has not all checkpoints itself; name that "
+                "one, with --changed"
+            )
         return dict(known)
     if not changed:
         raise UserError(
@@ -70,10 +80,11 @@ def continued(
             f"{earlier}: was trained by {before}, whose state is of no use to {now}; set "
             "train.optimizer back, or leave out --resume"
         )
-    newest = checkpoint.newest_folder(earlier / part)
-    if newest is None:
+    found_in = [checkpoint.newest_folder(earlier / part) for part in parts]
+    states = [digest_file(newest / checkpoint.STATE) for newest in found_in if newest]
+    if not states:
         raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")
-    return {**identity, "from": digest_file(newest / checkpoint.STATE)}
+    return {**identity, "from": digest_json(states)}
 
 
 def differences(

@@ -42,6 +42,7 @@ class Termination:
         """Handle a signal."""
         self.signal = self.signal or number
         if self._breaks:
+            self._breaks = False  # Another signal is not to break off what is then put in order.
             raise StoppedError
 
     @contextmanager

@@ -320,7 +320,10 @@ def test_more_steps_go_on_from_a_run(pipeline: Path, images: Path, tmp_path: Pat
         trained(9, earlier, changed=True)
     later = trained(14, earlier, changed=True)
     steps = {part: steps_in(later / part) for part in ("vae", "clip", "layout")}
-    assert steps == {"vae": [11, 12, 13, 14, 14], "clip": [], "layout": []}
+    # It learns from the VAE's latents.
+    assert steps == {"vae": [11, 12, 13, 14, 14], "clip": [], "layout": [*range(1, 11)]}
+    with pytest.raises(UserError, match="began from another run and has not all checkpoints"):
+        trained(14, later)
     start, end = (newest(run / "vae") for run in (earlier, later))
     moments = [one.optimizer["vae.0.step"].item() for one in (start, end)]
     assert moments == [10, 14]

@@ -341,10 +341,10 @@ def test_what_mlflow_does_not_take_is_shown_when_it_answers_again(
     """A sheet that it does not take stops no figure."""
     taken, away = runs.Run.log, iter(range(3))
 
-    def log(self: runs.Run, parameters: dict[str, object], points: runs.Points) -> None:
+    def log(self: runs.Run, parameters: dict[str, object], points: runs.Points, *at: int) -> None:
         if points and next(away, None) is not None:
             raise MlflowException("away for a while")
-        taken(self, parameters, points)
+        taken(self, parameters, points, *at)
 
     monkeypatch.setattr(runs.Run, "log", log)
     monkeypatch.setattr(ldm.tracking.live, "AGAIN_S", 0.05)
@@ -385,10 +385,12 @@ def test_a_stop_does_not_wait_for_a_store_that_does_not_answer(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(ldm.tracking.live, "STOPPED_PATIENCE_S", 1)
-    begins = []
+    begins: list[float] = []
+    lives: list[Live] = []
 
     def stopped(silent: socket.socket) -> None:
-        with Live(Registry(tracking_uri=address(silent)), tmp_path, {}):
+        with Live(Registry(tracking_uri=address(silent)), tmp_path, {}) as live:
+            lives.append(live)
             silent.accept()
             begins.append(time.monotonic())
             raise SystemExit(143)
@@ -397,6 +399,7 @@ def test_a_stop_does_not_wait_for_a_store_that_does_not_answer(
         with pytest.raises(SystemExit):
             stopped(silent)
         assert time.monotonic() - begins[0] < 5
+    lives[0]._thread.join(60)  # It says for the whole process where MLflow is.
     assert "did not take all of the run within 1 s" in capsys.readouterr().out
 
 

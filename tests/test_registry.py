@@ -108,7 +108,7 @@ def evaluation_of(
     return folder / "eval"
 
 
-def version(config: Registry, folder: Path, pipeline: Path, mark: str, **metrics: float) -> str:
+def version(config: Registry, folder: Path, pipeline: Path, mark: str, **metrics: Any) -> str:
     """Register a model with these metrics; its version."""
     model = model_of(folder / mark, pipeline, mark)
     return register(config, model, evaluation_of(folder / mark, model, **metrics)).version
@@ -482,9 +482,33 @@ def test_the_champion_judged_anew_stays_champion_and_the_way_back_leads_past_it(
         "champion": judged_again,
         "previous": first,
     }
-    again(config, tmp_path, "second", prompts="harder", steps=3, adherence_new=0.2)
+    again(config, tmp_path, "second", prompts="harder", steps=3, adherence_new=0.1)
     assert not promote(config).promoted
+    # A figure that no version had before.
+    gate = Gate(wins_on=("adherence_small",), holds=())
+    with_small = config.model_copy(update={"gate": gate})
+    again(config, tmp_path, "second", prompts="small", adherence_small=0.1)
+    assert promote(with_small).promoted
+    version(config, tmp_path, pipeline, "third", prompts="small", adherence_small=0.2)
+    assert promote(with_small).promoted
+    assert rollback(config) == str(int(judged_again) + 2)
     assert rollback(config) == first
+
+
+def test_the_champion_judged_anew_has_no_way_back_to_a_version_that_is_gone(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    config = Registry(model="gone")
+    first = version(config, tmp_path, pipeline, "first")
+    promote(config)
+    version(config, tmp_path, pipeline, "second", adherence_new=0.9)
+    promote(config)
+    connection.connect(config.tracking_uri).delete_model_version(config.model, first)
+    judged_again = again(config, tmp_path, "second", prompts="harder", adherence_new=0.2)
+    assert promote(config).promoted
+    assert aliases(config) == {"challenger": judged_again, "champion": judged_again}
+    with pytest.raises(UserError, match="has no former champion"):
+        rollback(config)
 
 
 def test_versions_that_were_deleted_are_in_nobodys_way(pipeline: Path, tmp_path: Path) -> None:
@@ -510,7 +534,7 @@ def test_versions_that_were_deleted_are_in_nobodys_way(pipeline: Path, tmp_path:
     assert not promote(config, refused).promoted
     client.delete_model_version(config.model, numbers[2])
     decision = promote(config)
-    assert not decision.promoted and "refused it before" in decision.reason
+    assert not decision.promoted and "the gate refused it" in decision.reason
     assert promote(config, refused).promoted
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ldm import code
 from ldm.aliases import fixed
-from ldm.artifacts import making, opening, write_json, write_whole
+from ldm.artifacts import digest_json, making, opening, write_json, write_whole
 from ldm.config import FirstStage, Registry
 from ldm.config.section import flat
 from ldm.device import device_of, plain_attention, precision_of
@@ -77,7 +78,8 @@ def first_stage(
     phase. With ``config.text_encoder`` there is no ``clip`` and no figure but the first.
     Checkpoints go to a folder of ``runs`` named by a digest of the settings, the images and the
     code that decides the result. With ``resume`` each part goes on from where that run's stands,
-    and one that has taken its steps stays as it is; ``changed`` says that what differs is meant.
+    one that has taken its steps stays as it is, and ``layout`` begins anew where ``vae`` or
+    ``clip`` goes on; ``changed`` says that what differs is meant.
     With ``registry`` MLflow shows the training as it goes, and what was measured.
 
     Raises :class:`SystemExit` after SIGTERM or Ctrl-C, with all steps taken on disk, and UserError
@@ -100,7 +102,7 @@ def first_stage(
     identity: Identity = {"config": settings, "inputs": inputs, "code": deciding}
     if resume is not None:
         identity = continued(
-            identity, resume, changed=changed, section="first_stage", part=PARTS[0]
+            identity, resume, changed=changed, section="first_stage", parts=_parts(config)
         )
         _expect_same_networks(resume, identity)
     folder = folder_of(runs, identity, "first-stage-")
@@ -159,7 +161,7 @@ def _expect_same_networks(earlier: Path, identity: Identity) -> None:
     """
     known = json.loads((earlier / RUN).read_text())
     old, new = (dict(flat(one["config"])) for one in (known, identity))
-    for name in sorted(old.keys() | new.keys()):
+    for name in sorted(old.keys() & new.keys()):
         if name.rpartition(".")[2] in NETWORK and old.get(name) != new.get(name):
             raise UserError(
                 f"{earlier}: trained another network (first_stage.{name} {old.get(name)}); set "
@@ -192,10 +194,25 @@ def _train(
     text_encoder, reader = text_encoder_of(clip), None
     if config.layout.steps:
         latents = latents_of(vae, training.pictures, len(captions))
+        run = _learning_from(config, run)
         reader = train_layout(
             config.layout, text_encoder, tokenizer, latents, captions, device, run
         )
     return Parts(vae, tokenizer, text_encoder, clip, reader)
+
+
+def _parts(config: FirstStage) -> tuple[str, ...]:
+    """Those that are trained."""
+    return PARTS[:1] if config.text_encoder else PARTS if config.layout.steps else PARTS[:2]
+
+
+def _learning_from(config: FirstStage, run: Run) -> Run:
+    """The run of what learns from VAE and CLIP: where these go on, that begins anew."""
+    if run.earlier is None:
+        return run
+    known, now = json.loads((run.earlier / RUN).read_text())["config"], settings_of_result(config)
+    same = all(digest_json(known[part]) == digest_json(now[part]) for part in ("vae", "clip"))
+    return run if same else replace(run, earlier=None)
 
 
 def _logs(run: Run) -> bytes:

@@ -45,7 +45,8 @@ def promote(config: Registry, version: str | None = None) -> Decision:
         return Decision(config.model, chosen, f"version {chosen}", (), False, "champion already")
     decision = _decide(client, config, chosen, champion, by_name=version is not None)
     if decision.promoted:
-        if former := _replaced(client, config.model, chosen, champion):
+        former = _replaced(client, config.model, chosen, champion)
+        if former and versions.exists(client, config.model, former):
             client.set_model_version_tag(config.model, chosen, REPLACED, former)
             client.set_registered_model_alias(config.model, versions.PREVIOUS, former)
         # Last, so that what is cut off before it is simply done again.
@@ -70,7 +71,8 @@ def _decide(
         ]
         if others:
             note = f" ({against} was judged {' and '.join(others)})"
-    rows = judge(config.gate, metrics, reference, against)
+    # Of the same weights the figures are no reason; one may have metrics that the other has not.
+    rows = () if same else judge(config.gate, metrics, reference, against)
     promoted, reason = verdict(rows, against)
     marked = versions.with_tag(client, config.model, ROLLED_BACK, candidate)
     if same:
@@ -78,7 +80,7 @@ def _decide(
     elif marked and not by_name:
         promoted, reason = False, "it was rolled back, and returns only when promoted by number"
     elif champion is None and candidate.tags.get("gate") == FAILED and not by_name:
-        promoted, reason = False, "the gate refused it before there was no champion"
+        promoted, reason = False, "the gate refused it; promote it by number all the same"
     elif promoted:
         for number in marked:
             client.delete_model_version_tag(config.model, number, ROLLED_BACK)
@@ -94,7 +96,7 @@ def _decide(
 def _is_the_same(version: ModelVersion, other: ModelVersion) -> bool:
     """Whether they draw the same pictures by default."""
     same = (versions.MODEL_DIGEST, versions.SAMPLING)
-    return all(version.tags.get(tag) == other.tags.get(tag) for tag in same)
+    return all(tag in other.tags and version.tags.get(tag) == other.tags[tag] for tag in same)
 
 
 def _replaced(client: MlflowClient, model: str, chosen: str, champion: str | None) -> str | None:

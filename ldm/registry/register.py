@@ -137,7 +137,7 @@ def _lineage(
         versions.EVAL_DIGEST: judged.digest,
         versions.PROMPTS: judged.inputs["prompts"],
         versions.SAMPLING: digest_json(judged.config["sampling"]),
-        versions.JUDGE: judged.inputs["clip"],
+        **({versions.JUDGE: judged.inputs["clip"]} if "clip" in judged.inputs else {}),
         "ldm_version": __version__,
         **{f"{name}_digest": digest for name, digest in trained.inputs.items()},
     }

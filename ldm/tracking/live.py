@@ -80,7 +80,8 @@ class Live:
                 name = f"{part}/samples_per_second" if part else "samples_per_second"
                 points[name] = samples / (now - self._last[2])
             self._last = part, step, now
-        self._do(lambda run: run.log({}, {(name, step): one for name, one in points.items()}))
+        figures, at_ms = {(name, step): one for name, one in points.items()}, runs.now_ms()
+        self._do(lambda run: run.log({}, figures, at_ms))
 
     def picture(self, path: Path, folder: str = "samples") -> None:
         """A sheet of samples, or of what else the folder is named for.
@@ -144,7 +145,7 @@ class Live:
         One that was taken for dead, on a machine that slept, is running again.
         """
         beat = time.monotonic()
-        while self._tasks or not self._ends:
+        while not self._ends or self._tasks:  # In this order: the last one comes before the end.
             if self._tasks:
                 self._tasks[0](run)
                 self._tasks.popleft()  # Behind it: what fails stays.

@@ -6,6 +6,7 @@ been silent for long, and notes it.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -55,12 +56,16 @@ def connected(registry: Registry) -> MlflowClient:
     return client
 
 
-def note_dead(registry: Registry, client: MlflowClient | None = None) -> None:
+def note_dead(
+    registry: Registry, client: MlflowClient | None = None, *, hurried: bool = False
+) -> None:
     """Mark an experiment's runs as killed that MLflow takes for running and nobody trains.
 
     What cannot be noted, as when MLflow does not answer, is said and stops nothing. By a ``client``
-    of those who have one.
+    of those who have one. Who is ``hurried``, at the end of a process, waits seconds for MLflow.
     """
+    if hurried:
+        os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
     try:
         client = client or connection.connect(connection.tracking_uri(registry.tracking_uri))
         for run in runs.runs_of(client, registry.experiment, "attributes.status = 'RUNNING'"):
@@ -76,7 +81,7 @@ def _is_dead(tags: Mapping[str, str]) -> bool:
     Where its folder is seen, that of its token, a run whose lock is held lives, and one of this
     kernel whose lock is free is dead. The lock of another machine may not be seen, nor the folder:
     such a run is dead when it is silent for long. This takes clocks to agree within minutes, and
-    MLflow to be reached from there: a training that lost it is not shown any more anyway.
+    MLflow to be reached from there: one that finds it again shows itself running.
     """
     folder = Path(tags[FOLDER])
     try:

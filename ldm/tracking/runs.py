@@ -21,6 +21,11 @@ Points = dict[tuple[str, int], float]
 """Value by name and step."""
 
 
+def now_ms() -> int:
+    """Milliseconds since 1970, as MLflow counts time."""
+    return int(time.time() * 1000)
+
+
 @dataclass(frozen=True)
 class Run:
     """An MLflow run that is being written."""
@@ -28,11 +33,14 @@ class Run:
     client: MlflowClient
     identity: str
 
-    def log(self, parameters: Mapping[str, Any], points: Points) -> None:
-        """Write settings, and metrics by name and step."""
+    def log(self, parameters: Mapping[str, Any], points: Points, at_ms: int | None = None) -> None:
+        """Write settings, and metrics by name and step, of now or of ``at_ms``.
+
+        Those of the same time are the same, if they are written again.
+        """
         from mlflow.entities import Metric, Param
 
-        now = int(time.time() * 1000)
+        now = now_ms() if at_ms is None else at_ms
         metrics = [Metric(name, value, now, step) for (name, step), value in points.items()]
         for start in range(0, len(metrics), METRICS_A_CALL):
             self.client.log_batch(self.identity, metrics=metrics[start : start + METRICS_A_CALL])

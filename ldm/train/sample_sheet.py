@@ -17,9 +17,21 @@ from ldm.grid import captioned_grid
 from ldm.images import encode_png
 from ldm.models import Encoders
 from ldm.sampling import Painter, Request
+from ldm.schedulers import make_sampler
 from ldm.unet import Network
 
 COLUMNS, DEFAULT_PROMPTS = 4, 12
+
+
+def expect_drawable(sampling: Sampling, schedule: dict[str, Any]) -> None:
+    """UserError where ``sampling`` cannot follow a noise schedule; all processes may ask."""
+    try:
+        make_sampler(sampling.sampler, schedule, sampling.steps, sampling.implementation)
+    except UserError as error:
+        raise UserError(
+            f"evaluate.sampling: cannot draw the training's sheets ({error}); change that, or set "
+            "train.sample_every to null"
+        ) from error
 
 
 def sheet_name(step: int) -> str:
@@ -45,10 +57,7 @@ class SampleSheet:
         unet: Network,
         schedule: dict[str, Any],
     ) -> SampleSheet | None:
-        """What a training is to draw, with the very network that it trains; None for nothing.
-
-        UserError where ``sampling`` cannot follow the noise schedule.
-        """
+        """What a training is to draw, with the very network that it trains; None for nothing."""
         if config.sample_every is None:
             return None
         captions = dict.fromkeys(held_out.caption(sample) for sample in range(len(held_out)))
@@ -59,13 +68,6 @@ class SampleSheet:
         # One that has been used is saved with other settings.
         tokenizer = deepcopy(encoders.tokenizer)
         painter = Painter(vae, tokenizer, text_encoder, unet, schedule, device)
-        try:
-            painter.sampler(sampling)
-        except UserError as error:
-            raise UserError(
-                f"evaluate.sampling: cannot draw the training's sheets ({error}); change that, or "
-                "set train.sample_every to null"
-            ) from error
         return cls(painter, config.sample_prompts or tuple(first), sampling)
 
     def draw(

@@ -6,6 +6,7 @@ settings and inputs, it goes on from the newest whole checkpoint of its run.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ldm import checkpoint, code
-from ldm.artifacts import described, digest_json, opening, write_whole, writing
+from ldm.artifacts import digest_json, opening, write_whole, writing
 from ldm.cache import LatentCache
 from ldm.config import EvaluationSampling, Pretrained, Registry, Sampling, Train
 from ldm.denoiser import Denoiser
@@ -37,7 +38,7 @@ from ldm.train import fsdp
 from ldm.train.compilation import compile_steps
 from ldm.train.objective import Objective
 from ldm.train.order import by_shape
-from ldm.train.sample_sheet import SampleSheet
+from ldm.train.sample_sheet import SampleSheet, expect_drawable
 from ldm.train.settings import accelerator_for, check_batch, settings_of_result, settled_training
 from ldm.train.starting_point import starting_point
 from ldm.train.trainer import Trainer
@@ -84,9 +85,10 @@ def train(
     accelerator = accelerator_for(config, device)
     check_batch(config, accelerator.num_processes)
     texts = STATES if config.text_learning_rate is None else IDS
-    # One process of a machine reads all of it.
-    check = opening if accelerator.is_local_main_process else described
-    made = check(latents, "latents", "encode")
+    # The processes of a machine read it together.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank = accelerator.local_process_index
+    made = opening(latents, "latents", "encode", rank=rank, processes=here)
     cache, held_out = (LatentCache(made, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     unet, schedule = starting_point(config, pretrained, cache, encoders)
@@ -105,6 +107,9 @@ def train(
     )
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     denoiser, adapters = _to_train(config, unet, encoders, len(by_shape(cache.shapes)))
+    sampling = sampling or EvaluationSampling()
+    if config.sample_every:
+        expect_drawable(sampling, schedule)
     termination = Termination()
     main = accelerator.is_main_process
     shown = Live(registry, run, settings) if main and registry else nullcontext()
@@ -119,7 +124,7 @@ def train(
             describe(run, identity)
             checkpoint.describe(run, about)
         # Who draws no sheets need not hold what draws them.
-        draws = (config, sampling or EvaluationSampling(), held_out, encoders, unet, schedule)
+        draws = (config, sampling, held_out, encoders, unet, schedule)
         sheet = SampleSheet.of(*draws) if main or sharded else None
         trainer = Trainer(
             *(accelerator, config, objective, cache, held_out, denoiser, run),
