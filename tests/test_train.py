@@ -128,7 +128,7 @@ def change_json(path: Path, key: str, value: object) -> None:
 def other_vae(pipeline: Path) -> None:
     path = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     changed = load_file(path)
-    changed["decoder.conv_out.bias"] += 1
+    changed["encoder.conv_out.bias"] += 1
     save_file(changed, path)
 
 
