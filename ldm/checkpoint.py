@@ -153,8 +153,7 @@ def _synced(path: Path) -> str:
 
 def _write_state(folder: Path, state: dict[str, Any]) -> None:
     """``state.json``, with its own digest."""
-    content = {key: value for key, value in state.items() if key != OWN}
-    write_json(folder / STATE, content | {OWN: digest_json(content)})
+    write_json(folder / STATE, state | {OWN: digest_json(state)})
     _sync(folder)
 
 

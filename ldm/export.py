@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ldm import checkpoint
 from ldm.artifacts import write_whole, writing
 from ldm.errors import UserError
-from ldm.lora import FOLDER
-from ldm.models import Source
-from ldm.pipeline import load_adapters, load_model, save_pipeline
+from ldm.lora import FOLDER, Adapters
+from ldm.pipeline import load_trained, save_pipeline
 from ldm.progress import say
-from ldm.run_log import LOG, entries
-from ldm.runs import RUN
+from ldm.run_log import LOG, Entry, as_lines, entries
+from ldm.runs import RUN, identity_of
 
 
 def export(named: Path, out: Path) -> None:
@@ -24,39 +21,37 @@ def export(named: Path, out: Path) -> None:
     What comes out can be evaluated and registered. UserError where that is no checkpoint, or not
     whole.
     """
-    folder: Path | None = named
-    if (named / RUN).is_file():
-        folder = checkpoint.best(named)
-        if folder is None:
-            raise UserError(
-                f"{named}: has no checkpoint with a validation loss yet; name one of its step-..."
-            )
-    if folder is None or not (folder.parent / RUN).is_file():
+    folder = _best(named) if (named / RUN).is_file() else named
+    if not (folder.parent / RUN).is_file():
         raise UserError(
             f"{named}: is no checkpoint of `ldm train`; name a folder of runs/, or a step-NNNNNNNN "
             "in one"
         )
-    identity = json.loads((folder.parent / RUN).read_text())
-    network = identity["code"][0]
-    adapters = load_adapters(folder, network)
-    encoders, unet, schedule = load_model(Source(str(folder)), network)
+    identity = identity_of(folder.parent)
+    encoders, trained, schedule = load_trained(folder, identity["code"][0])
     step, config = checkpoint.step_of(folder), identity["config"]
     counts = {"steps": step, "samples": step * config["batch_size"]}
     lines = [line for line in entries(folder.parent / LOG) if line["step"] <= step]
     inputs = {name: one for name, one in identity["inputs"].items() if name != "scaling"}
     with writing(out, "model", config=config, inputs=inputs, counts=counts) as fresh:
-        if adapters:
-            adapters.save(fresh / FOLDER)
-        save_pipeline(fresh, encoders, unet, schedule)
-        write_whole(fresh / LOG, _text(lines).encode())
+        if isinstance(trained, Adapters):
+            trained.save(fresh / FOLDER)
+            trained = trained.merge()
+        save_pipeline(fresh, encoders, trained, schedule)
+        write_whole(fresh / LOG, as_lines(lines))
     say(f"export: step {step}, {_figure(lines, step)} -> {out}")
 
 
-def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(f"{json.dumps(line)}\n" for line in lines)
+def _best(run: Path) -> Path:
+    found = checkpoint.best(run)
+    if found is None:
+        raise UserError(
+            f"{run}: has no checkpoint with a validation loss yet; name one of its step-..."
+        )
+    return found
 
 
-def _figure(lines: list[dict[str, Any]], step: int) -> str:
+def _figure(lines: list[Entry], step: int) -> str:
     """The validation loss of the step, if that was validated."""
     losses = [line["val_loss"] for line in lines if "val_loss" in line and line["step"] == step]
     return f"val_loss {losses[-1]:.4f}" if losses else "not validated"

@@ -34,23 +34,24 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     folder = Path(source.location)
     if not (folder / checkpoint.STATE).is_file():
         return load_encoders(source), load_unet(source, network), load_schedule(source)
+    encoders, trained, schedule = load_trained(folder, network)
+    return encoders, trained.merge() if isinstance(trained, Adapters) else trained, schedule
+
+
+def load_trained(
+    folder: Path, network: str = "ldm"
+) -> tuple[Encoders, Network | Adapters, dict[str, Any]]:
+    """The same of a checkpoint, with its adapters beside their network, if it holds such."""
     model, weights = checkpoint.averaged(folder)
     encoders = load_encoders(locate(model.pipeline, model.revision))
     if model.lora is not None:
-        adapters = _adapters(Base(**model.lora), weights, network)
-        return encoders, adapters.merge(), model.schedule
+        return encoders, _adapters(Base(**model.lora), weights, network), model.schedule
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet)
     trains_text = any(name.startswith("text_encoder.") for name in weights)
     text_encoder = encoders.text_encoder if trains_text else None
     Denoiser(unet, text_encoder).load_state_dict(weights, assign=True)
     return encoders, run_by(network, unet), model.schedule
-
-
-def load_adapters(folder: Path, network: str = "ldm") -> Adapters | None:
-    """Those that a training's checkpoint holds, beside their network; None if it holds none."""
-    model, weights = checkpoint.averaged(folder)
-    return _adapters(Base(**model.lora), weights, network) if model.lora else None
 
 
 def _adapters(base: Base, weights: checkpoint.Tensors, network: str) -> Adapters:

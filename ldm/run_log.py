@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class RunLog:
         self.kept = [entry for entry in entries(path) if entry["step"] <= first]
         """What it held before, up to that step."""
         if writes:
-            write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in self.kept).encode())
+            write_whole(path, as_lines(self.kept))
 
     def skipped_up_to(self, step: int) -> int:
         """How many steps in a row, this one the last, were skipped before."""
@@ -67,6 +67,11 @@ def entries(path: Path) -> list[Entry]:
                     f"{path}: line {number} is damaged ({error}); remove that line"
                 ) from error
     return found
+
+
+def as_lines(lines: Iterable[Entry]) -> bytes:
+    """The content of a log with these lines."""
+    return "".join(f"{json.dumps(line)}\n" for line in lines).encode()
 
 
 def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -44,6 +44,13 @@ def describe(run: Path, identity: Identity) -> None:
     write_json(run / RUN, identity)
 
 
+def identity_of(run: Path) -> Identity:
+    """What :func:`describe` wrote; UserError where that is no run."""
+    if not (run / RUN).is_file():
+        raise UserError(f"{run}: is no run (has no {RUN}); name a folder of {run.parent}")
+    return dict(json.loads((run / RUN).read_text()))
+
+
 def continued(
     identity: Identity,
     earlier: Path,
@@ -58,9 +65,7 @@ def continued(
     is. ``section`` names the settings, ``parts`` the folders in a run that have its checkpoints.
     UserError for differences that are not said to be meant (``changed``), naming them.
     """
-    if not (earlier / RUN).is_file():
-        raise UserError(f"{earlier}: is no run (has no {RUN}); name a folder of {earlier.parent}")
-    known = json.loads((earlier / RUN).read_text())
+    known = identity_of(earlier)
     found = differences(known, identity, section)
     if not found:
         if "from" in known and not all(checkpoint.folders(earlier / part) for part in parts):
@@ -68,7 +73,7 @@ def continued(
                 f"{earlier}: began from another run and has not all checkpoints itself; name that "
                 "one, with --changed"
             )
-        return dict(known)
+        return known
     if not changed:
         raise UserError(
             f"{earlier}: was trained otherwise ({'; '.join(found)}); undo that, or give --changed "

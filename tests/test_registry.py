@@ -448,14 +448,20 @@ def again(config: Registry, folder: Path, mark: str, **how: Any) -> str:
     return register(config, folder / mark / "model", judged).version
 
 
+def two_champions(config: Registry, folder: Path, pipeline: Path, second: str) -> str:
+    """The version of a champion that the ``second`` one, which is better, has replaced."""
+    first = version(config, folder, pipeline, "first")
+    promote(config)
+    version(config, folder, pipeline, second, adherence_new=0.9)
+    promote(config)
+    return first
+
+
 def test_weights_that_were_rolled_back_do_not_return_under_another_number(
     pipeline: Path, tmp_path: Path
 ) -> None:
     config = Registry(model="back")
-    first = version(config, tmp_path, pipeline, "first")
-    promote(config)
-    version(config, tmp_path, pipeline, "faulty", adherence_new=0.9)
-    promote(config)
+    first = two_champions(config, tmp_path, pipeline, "faulty")
     rollback(config)
     judged_again = again(config, tmp_path, "faulty", prompts="more", adherence_new=0.9)
     decision = promote(config)
@@ -470,10 +476,7 @@ def test_the_champion_judged_anew_stays_champion_and_the_way_back_leads_past_it(
 ) -> None:
     """Even by figures that the gate would refuse; but not drawn with other settings."""
     config = Registry(model="anew")
-    first = version(config, tmp_path, pipeline, "first")
-    promote(config)
-    version(config, tmp_path, pipeline, "second", adherence_new=0.9)
-    promote(config)
+    first = two_champions(config, tmp_path, pipeline, "second")
     judged_again = again(config, tmp_path, "second", prompts="harder", adherence_new=0.2)
     decision = promote(config)
     assert decision.promoted and decision.reason.startswith("has the weights of version 2")
@@ -499,10 +502,7 @@ def test_the_champion_judged_anew_has_no_way_back_to_a_version_that_is_gone(
     pipeline: Path, tmp_path: Path
 ) -> None:
     config = Registry(model="gone")
-    first = version(config, tmp_path, pipeline, "first")
-    promote(config)
-    version(config, tmp_path, pipeline, "second", adherence_new=0.9)
-    promote(config)
+    first = two_champions(config, tmp_path, pipeline, "second")
     connection.connect(config.tracking_uri).delete_model_version(config.model, first)
     judged_again = again(config, tmp_path, "second", prompts="harder", adherence_new=0.2)
     assert promote(config).promoted

@@ -8,7 +8,6 @@ settings and images, it goes on from the newest whole checkpoint.
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from ldm.locks import held
 from ldm.memory import keep_memory
 from ldm.progress import say
 from ldm.run_log import LOG
-from ldm.runs import RUN, Identity, continued, describe, folder_of
+from ldm.runs import Identity, continued, describe, folder_of, identity_of
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import LOCK
 
@@ -159,7 +158,7 @@ def _expect_same_networks(earlier: Path, identity: Identity) -> None:
 
     UserError before the first part is trained, rather than behind it.
     """
-    known = json.loads((earlier / RUN).read_text())
+    known = identity_of(earlier)
     old, new = (dict(flat(one["config"])) for one in (known, identity))
     for name in sorted(old.keys() & new.keys()):
         if name.rpartition(".")[2] in NETWORK and old.get(name) != new.get(name):
@@ -210,7 +209,7 @@ def _learning_from(config: FirstStage, run: Run) -> Run:
     """The run of what learns from VAE and CLIP: where these go on, that begins anew."""
     if run.earlier is None:
         return run
-    known, now = json.loads((run.earlier / RUN).read_text())["config"], settings_of_result(config)
+    known, now = identity_of(run.earlier)["config"], settings_of_result(config)
     same = all(digest_json(known[part]) == digest_json(now[part]) for part in ("vae", "clip"))
     return run if same else replace(run, earlier=None)
 

@@ -43,9 +43,9 @@ def promote(config: Registry, version: str | None = None) -> Decision:
     if chosen == champion:
         say(f"promote: {config.model} version {chosen} is champion already")
         return Decision(config.model, chosen, f"version {chosen}", (), False, "champion already")
-    decision = _decide(client, config, chosen, champion, by_name=version is not None)
+    by_name = version is not None
+    decision, former = _decide(client, config, chosen, champion, by_name=by_name)
     if decision.promoted:
-        former = _replaced(client, config.model, chosen, champion)
         if former and versions.exists(client, config.model, former):
             client.set_model_version_tag(config.model, chosen, REPLACED, former)
             client.set_registered_model_alias(config.model, versions.PREVIOUS, former)
@@ -58,12 +58,14 @@ def promote(config: Registry, version: str | None = None) -> Decision:
 
 def _decide(
     client: MlflowClient, config: Registry, chosen: str, champion: str | None, *, by_name: bool
-) -> Decision:
+) -> tuple[Decision, str | None]:
+    """The decision, and which champion the version would replace, if any."""
     candidate, metrics = versions.version_of(client, config.model, chosen)
-    against, reference, note, same = START, starting(metrics), "", False
+    against, reference, note, same, former = START, starting(metrics), "", False, champion
     if champion is not None:
         current, reference = versions.version_of(client, config.model, champion)
         against, same = f"version {champion}", _is_the_same(candidate, current)
+        former = current.tags.get(REPLACED) if same else champion
         others = [
             words
             for tag, words in OTHERWISE.items()
@@ -90,21 +92,13 @@ def _decide(
     told = {"gate": outcome, "gate_against": against, "gate_reason": decision.reason}
     for key, value in told.items():
         client.set_model_version_tag(config.model, chosen, key, value)
-    return decision
+    return decision, former
 
 
 def _is_the_same(version: ModelVersion, other: ModelVersion) -> bool:
     """Whether they draw the same pictures by default."""
     same = (versions.MODEL_DIGEST, versions.SAMPLING)
     return all(tag in other.tags and version.tags.get(tag) == other.tags[tag] for tag in same)
-
-
-def _replaced(client: MlflowClient, model: str, chosen: str, champion: str | None) -> str | None:
-    """The champion that a version replaces; what the same pictures replaced before, if it is it."""
-    if champion is None:
-        return None
-    one, other = (client.get_model_version(model, number) for number in (chosen, champion))
-    return other.tags.get(REPLACED) if _is_the_same(one, other) else champion
 
 
 def rollback(config: Registry) -> str:

@@ -112,14 +112,14 @@ class Live:
         told = False
         while not self._given_up:
             try:
-                return self._show()
+                self._show()
+                return
             except connection.failures() as error:
                 if not told:
                     line = connection.first_line(error)
                     say(f"{self._stage}: MLflow does not take the run ({line}); trying again")
                 told = True
             self._pause()
-        return None
 
     def _pause(self) -> None:
         """Until it is time for another try; at the end that is soon."""
