@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm import checkpoint
 from ldm.artifacts import write_whole, writing
 from ldm.errors import UserError
-from ldm.lora import FOLDER, Adapters
+from ldm.lora import FOLDER
 from ldm.pipeline import load_trained, save_pipeline
 from ldm.progress import say
 from ldm.run_log import LOG, Entry, as_lines, entries
@@ -28,16 +28,16 @@ def export(named: Path, out: Path) -> None:
             "in one"
         )
     identity = identity_of(folder.parent)
-    encoders, trained, schedule = load_trained(folder, identity["code"][0])
+    encoders, unet, schedule, adapters = load_trained(folder, identity["code"][0])
     step, config = checkpoint.step_of(folder), identity["config"]
     counts = {"steps": step, "samples": step * config["batch_size"]}
     lines = [line for line in entries(folder.parent / LOG) if line["step"] <= step]
     inputs = {name: one for name, one in identity["inputs"].items() if name != "scaling"}
     with writing(out, "model", config=config, inputs=inputs, counts=counts) as fresh:
-        if isinstance(trained, Adapters):
-            trained.save(fresh / FOLDER)
-            trained = trained.merge()
-        save_pipeline(fresh, encoders, trained, schedule)
+        if adapters:
+            adapters.save(fresh / FOLDER)
+            adapters.merge()
+        save_pipeline(fresh, encoders, unet, schedule)
         write_whole(fresh / LOG, as_lines(lines))
     say(f"export: step {step}, {_figure(lines, step)} -> {out}")
 

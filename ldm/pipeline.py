@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from ldm import checkpoint
 from ldm.artifacts import write_json
@@ -34,37 +35,48 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     folder = Path(source.location)
     if not (folder / checkpoint.STATE).is_file():
         return load_encoders(source), load_unet(source, network), load_schedule(source)
-    encoders, trained, schedule = load_trained(folder, network)
-    return encoders, trained.merge() if isinstance(trained, Adapters) else trained, schedule
+    encoders, unet, schedule, adapters = load_trained(folder, network)
+    if adapters:
+        adapters.merge()
+    return encoders, unet, schedule
 
 
 def load_trained(
     folder: Path, network: str = "ldm"
-) -> tuple[Encoders, Network | Adapters, dict[str, Any]]:
-    """The same of a checkpoint, with its adapters beside their network, if it holds such."""
+) -> tuple[Encoders, Network, dict[str, Any], Adapters | None]:
+    """The same of a checkpoint, with its adapters beside their networks, if it holds such."""
     model, weights = checkpoint.averaged(folder)
     encoders = load_encoders(locate(model.pipeline, model.revision))
-    if model.lora is not None:
-        return encoders, _adapters(Base(**model.lora), weights, network), model.schedule
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(model.unet)
     trains_text = any(name.startswith("text_encoder.") for name in weights)
     text_encoder = encoders.text_encoder if trains_text else None
-    Denoiser(unet, text_encoder).load_state_dict(weights, assign=True)
-    return encoders, run_by(network, unet), model.schedule
+    if model.lora is not None:
+        base = Base(**model.lora)
+        unet = load_unet(locate(base.name, base.revision), network)
+        _check_base(base, model.pipeline, unet, text_encoder)
+        denoiser = Denoiser(unet, text_encoder)
+        adapters = Adapters(denoiser, Lora.model_validate(base.lora))
+        denoiser.restore(weights)
+        return encoders, unet, model.schedule, adapters
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(model.unet)
+    Denoiser(whole, text_encoder).load_state_dict(weights, assign=True)
+    return encoders, run_by(network, whole), model.schedule, None
 
 
-def _adapters(base: Base, weights: checkpoint.Tensors, network: str) -> Adapters:
-    """``weights`` beside the network that they were trained beside."""
-    unet = load_unet(locate(base.name, base.revision), network)
-    if digest_weights(unet) != base.digest:
-        raise UserError(
-            f"{base.name}: has another UNet than the one that the checkpoint's adapters were "
-            "trained beside; put that one back, or train again"
-        )
-    adapters = Adapters(unet, Lora.model_validate(base.lora))
-    Denoiser(unet).restore(weights)
-    return adapters
+def _check_base(
+    base: Base, pipeline: str, unet: Network, text_encoder: CLIPTextModel | None
+) -> None:
+    """Adapters say nothing beside other weights than those that they were trained beside."""
+    known = (
+        (base.name, "UNet", unet, base.digest),
+        (pipeline, "text encoder", text_encoder, base.text_digest),
+    )
+    for name, what, network, digest in known:
+        if network is not None and digest_weights(network) != digest:
+            raise UserError(
+                f"{name}: has another {what} than the one that the checkpoint's adapters were "
+                "trained beside; put that one back, or train again"
+            )
 
 
 def save_pipeline(

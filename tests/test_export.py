@@ -24,8 +24,9 @@ EVERY = {"log_every": 1, "checkpoint_every": 4, "validate_every": 4, "keep_check
         ("ldm", {}),
         ("diffusers", {"text_learning_rate": 1e-3}),
         ("ldm", {"lora": {"rank": 2}}),
+        ("ldm", {"lora": {"rank": 2}, "text_learning_rate": 1e-3}),
     ],
-    ids=["all", "text", "adapters"],
+    ids=["all", "text", "adapters", "text adapters"],
 )
 def test_the_last_checkpoint_is_the_model(
     pipeline: Path, latents: Path, tmp_path: Path, network: str, settings: dict[str, Any]

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from ldm.config import Lora, Sampling
+from ldm.denoiser import Denoiser
 from ldm.errors import UserError
 from ldm.lora import DIFFUSERS, KOHYA, Adapters
 from ldm.models import Source
@@ -48,7 +49,7 @@ def output(unet: torch.nn.Module) -> torch.Tensor:
 def test_merged_weights_do_what_the_adapters_did(pipeline: Path, network: str) -> None:
     unet = load_unet(Source(str(pipeline)), network)
     names, plain = unet.state_dict().keys(), output(unet)
-    adapters = Adapters(unet, Lora(rank=3, alpha=5, targets=tuple(ALL_KINDS)), seed=1)
+    adapters = Adapters(Denoiser(unet), Lora(rank=3, alpha=5, targets=tuple(ALL_KINDS)), seed=1)
     assert torch.equal(output(unet), plain)
     torch.manual_seed(2)
     for name, parameter in unet.named_parameters():
@@ -57,16 +58,16 @@ def test_merged_weights_do_what_the_adapters_did(pipeline: Path, network: str) -
             torch.nn.init.normal_(parameter, std=0.1)
     beside = output(unet)
     assert float((beside - plain).abs().max()) > 0.1
-    merged = adapters.merge()
-    assert merged is unet and unet.state_dict().keys() == names
-    torch.testing.assert_close(output(merged), beside, rtol=1e-5, atol=1e-5)
+    adapters.merge()
+    assert unet.state_dict().keys() == names
+    torch.testing.assert_close(output(unet), beside, rtol=1e-5, atol=1e-5)
 
 
 def test_both_networks_get_the_same_adapters(pipeline: Path) -> None:
     drawn = []
     for network in ("ldm", "diffusers"):
         unet = load_unet(Source(str(pipeline)), network)
-        Adapters(unet, Lora(), seed=7)
+        Adapters(Denoiser(unet), Lora(), seed=7)
         drawn.append({name: one for name, one in unet.state_dict().items() if "lora_A" in name})
     assert drawn[0].keys() == drawn[1].keys() and drawn[0]
     assert all(tensor.equal(drawn[1][name]) for name, tensor in drawn[0].items())
@@ -138,7 +139,7 @@ def test_kohya_has_every_adapter_and_its_alpha(
 
 def test_equal_adapters_are_equal_bytes(pipeline: Path, tmp_path: Path) -> None:
     """safetensors writes several entries of a header in an order of chance."""
-    adapters = Adapters(load_unet(Source(str(pipeline))), Lora())
+    adapters = Adapters(Denoiser(load_unet(Source(str(pipeline)))), Lora())
     for number in range(8):
         adapters.save(tmp_path / str(number))
     for file in (DIFFUSERS, KOHYA):
@@ -292,13 +293,14 @@ def test_a_run_of_all_weights_does_not_go_on_with_adapters(
     [
         (["init=random", "lora.rank=4"], r"train: lora: adapts a trained UNet, .*set init to"),
         (
-            ["lora.rank=4", "text_learning_rate=1e-4"],
-            r"train: lora: adapts the UNet alone; set text_learning_rate to null",
+            ["lora.text_targets=[fc1]"],
+            r"train: lora\.text_targets: the text encoder is not trained; set text_learning_rate",
         ),
         (["lora.rank=0"], r"train\.lora\.rank: .*greater than or equal to 1"),
         (["lora.alpha=0"], r"train\.lora\.alpha: .*greater than 0"),
         (["lora.dropout=1"], r"train\.lora\.dropout: .*less than 1"),
         (["lora.targets=[]"], r"train\.lora\.targets: .*at least 1"),
+        (["lora.text_targets=[]"], r"train\.lora\.text_targets: .*at least 1"),
         (["lora.bias=all"], r"train\.lora\.bias: unknown key"),
     ],
 )

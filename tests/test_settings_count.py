@@ -33,7 +33,7 @@ from ldm.train.data import Batch, TrainingBatches
 from ldm.train.settings import settings_of_result
 from ldm.train.stage import settled_training
 from ldm.train.trainer import Trainer
-from tests import test_kills, test_lora, test_memory, test_options, test_train
+from tests import test_kills, test_lora, test_memory, test_options, test_text_lora, test_train
 from tests.test_train import read_log, run_here, weights
 
 BASE: dict[str, Any] = {"steps": 4, "warmup_steps": 1, "learning_rate": 1e-2, "batch_size": 8}
@@ -187,6 +187,7 @@ ELSEWHERE: dict[str, object] = {
     "lora.rank": test_lora.test_each_setting_changes_what_is_learnt,
     "lora.alpha": test_lora.test_each_setting_changes_what_is_learnt,
     "lora.targets": test_lora.test_each_setting_changes_what_is_learnt,
+    "lora.text_targets": test_text_lora.test_only_adapters_are_trained,
     "lora.dropout": test_lora.test_each_setting_changes_what_is_learnt,
     "accumulation": test_memory.test_validation_takes_no_larger_batches_than_training,
     "gradient_checkpointing": (
@@ -225,6 +226,7 @@ OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "lora.rank": ({"lora": {}}, 4),
     "lora.alpha": ({"lora": {}}, 8.0),
     "lora.targets": ({"lora": {}}, ["to_q"]),
+    "lora.text_targets": ({"lora": {}, "text_learning_rate": 1e-4}, ["fc1"]),
     "lora.dropout": ({"lora": {}}, 0.5),
     "accumulation": ({}, 2),
     "gradient_checkpointing": ({}, True),

@@ -10,6 +10,7 @@ from ldm.config.section import Count, Section, Share
 
 PRODIGY_LEAST = 0.01
 """A ``learning_rate`` below is meant for another optimizer than Prodigy."""
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class UnetShape(Section):
@@ -52,7 +53,10 @@ class NoiseSchedule(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters beside layers of the UNet, trained instead of it (arXiv:2106.09685)."""
+    """Low-rank adapters beside layers of the UNet, trained instead of it (arXiv:2106.09685).
+
+    With ``text_learning_rate`` beside layers of the text encoder too.
+    """
 
     rank: Count = 16
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -60,6 +64,8 @@ class Lora(Section):
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers and convolutions, by the end of diffusers' names; by default the attention's.
     ``ff.net.0.proj``, ``ff.net.2``, ``proj_in``, ``proj_out``, ``conv1`` and ``conv2`` are more."""
+    text_targets: Annotated[tuple[str, ...], Field(min_length=1)] = TEXT_ATTENTION
+    """The same of the text encoder; ``fc1`` and ``fc2`` are more."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that a step leaves out; each process draws its own."""
 
@@ -91,8 +97,9 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     """At the end of the warm-up; with Prodigy a factor on the rate that it finds."""
     text_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Train the text encoder too, at this rate; null leaves it as it is. For a text encoder that
-    has not learned enough of a small domain's captions to tell a UNet what goes where."""
+    """Train the text encoder too, or with ``lora`` adapters in it, at this rate; null leaves it as
+    it is. For a text encoder that has not learned enough of a small domain's captions to tell a
+    UNet what goes where."""
     warmup_steps: Annotated[int, Field(ge=0)] = 30
     """Of the optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -195,9 +202,10 @@ class Train(Section):
                 "lora: goes with models of the start's own noise schedule; set noise to null, or "
                 "lora to null"
             )
-        if self.lora and self.text_learning_rate is not None:
+        if self.lora and self.lora.text_targets != TEXT_ATTENTION and not self.text_learning_rate:
             raise ValueError(
-                "lora: adapts the UNet alone; set text_learning_rate to null, or lora to null"
+                "lora.text_targets: the text encoder is not trained; set text_learning_rate, or "
+                "leave them out"
             )
         return self
 

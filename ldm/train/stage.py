@@ -92,7 +92,7 @@ def train(
     cache, held_out = (LatentCache(made, split, texts) for split in ("train", "validation"))
     encoders = load_encoders(locate(pretrained.pipeline, pretrained.revision))
     unet, schedule = starting_point(config, pretrained, cache, encoders)
-    start = digest_weights(unet)
+    start, text = digest_weights(unet), cache.manifest.inputs["text_encoder"]
     inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
     settings = settings_of_result(config)
     deciding = [pretrained.network, *code.digests(*DECIDING, "nn")]
@@ -103,7 +103,7 @@ def train(
     run = folder_of(runs, identity)
     about = checkpoint.Model(
         *(shape_of(unet), schedule, pretrained.pipeline, pretrained.revision),
-        lora=asdict(Base.of(config, pretrained, start)) if config.lora else None,
+        lora=asdict(Base.of(config, pretrained, start, text)) if config.lora else None,
     )
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     denoiser, adapters = _to_train(config, unet, encoders, len(by_shape(cache.shapes)))
@@ -163,7 +163,7 @@ def _to_train(
     """
     text_encoder = encoders.text_encoder if config.text_learning_rate else None
     denoiser = Denoiser(unet, text_encoder).requires_grad_(True)
-    adapters = Adapters(unet, config.lora, config.seed) if config.lora else None
+    adapters = Adapters(denoiser, config.lora, config.seed) if config.lora else None
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.compile:
