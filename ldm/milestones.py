@@ -17,23 +17,35 @@ class Save(Protocol):
 
 
 @dataclass(frozen=True)
-class Milestones:
-    """When to validate, save and draw, in steps, and who does it.
+class Every:
+    """Steps from one to the next, of each kind; None: never."""
 
-    Where something is to be had ``every`` None steps, it never is. ``validate`` returns a line of
+    log: int
+    save: int
+    validate: int | None
+    draw: int | None
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """What is due when in a training of so many ``steps``, and who does it.
+
+    ``validate`` returns a line of
     the log with ``val_loss``, or None if it was asked to stop meanwhile; ``draw`` says whether it
     was; ``drawn`` whether there are samples of a step.
     """
 
     steps: int
-    validate_every: int | None
-    checkpoint_every: int
-    draw_every: int | None
+    every: Every
     log: RunLog
     validate: Callable[[int], dict[str, Any] | None]
     save: Save
     draw: Callable[[int], bool]
     drawn: Callable[[int], bool]
+
+    def logs(self, step: int) -> bool:
+        """Whether the figures of a step are due in the log; the last step's are."""
+        return step == self.steps or step % self.every.log == 0
 
     def conclude(self, step: int, *, stopping: bool) -> bool:
         """Do what is due after a step, no more than save it if that is asked to stop.
@@ -45,7 +57,7 @@ class Milestones:
         if stopping or validated is None:
             self.save(step, None, last=True)
             return True
-        saves = validated or step == self.steps or step % self.checkpoint_every == 0
+        saves = validated or step == self.steps or step % self.every.save == 0
         if saves:
             self.save(step, validated.get("val_loss"), last=step == self.steps)
         if validated:
@@ -64,9 +76,9 @@ class Milestones:
         return self._draws_at(step) and not self.drawn(step) and self.draw(step)
 
     def _validates_at(self, step: int) -> bool:
-        return self.validate_every is not None and (
-            step == self.steps or step % self.validate_every == 0
-        )
+        every = self.every.validate
+        return every is not None and (step == self.steps or step % every == 0)
 
     def _draws_at(self, step: int) -> bool:
-        return self.draw_every is not None and step % self.draw_every == 0
+        every = self.every.draw
+        return every is not None and step % every == 0

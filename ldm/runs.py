@@ -7,12 +7,14 @@ of the code that decides a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ldm import checkpoint
 from ldm.artifacts import digest_file, digest_json, write_json
+from ldm.checkpoint import Checkpoint
 from ldm.config.section import flat
 from ldm.errors import UserError
 
@@ -90,6 +92,28 @@ def continued(
     if not states:
         raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")
     return {**identity, "from": digest_json(states)}
+
+
+def newest_of(run: Path, earlier: Path | None) -> tuple[Checkpoint | None, bool]:
+    """What a training goes on from, and whether its own run has it.
+
+    The newest whole checkpoint of the run, or else of the ``earlier`` one; None if there is none.
+    """
+    found = checkpoint.newest(run)
+    if found is not None or earlier is None:
+        return found, found is not None
+    return checkpoint.newest(earlier), False
+
+
+@contextmanager
+def restoring(run: Path) -> Iterator[None]:
+    """UserError where what is restored in the block, of another run, is of other weights."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{run}: trained other weights than this would; leave out --resume"
+        ) from error
 
 
 def differences(

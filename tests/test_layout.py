@@ -125,6 +125,7 @@ KEEPING = {
     "optimizer_state",
     "request",
     "run_log",
+    "runs",
     "saver",
     "shards",
     "termination",

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from ldm.artifacts import write_whole
-from ldm.checkpoint import Checkpoint, Tensors, newest
+from ldm.checkpoint import Checkpoint, Tensors
 from ldm.config import PartTraining
 from ldm.errors import UserError
 from ldm.images import encode_png
 from ldm.learning_rate import rate_factor
-from ldm.milestones import Milestones
+from ldm.milestones import Every, Milestones
 from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.progress import progress
 from ldm.run_log import LOG, Entry, RunLog
+from ldm.runs import newest_of, restoring
 from ldm.saver import Saver
 from ldm.termination import Termination, taken_over
 from ldm.tracking.live import Live
@@ -132,7 +133,7 @@ class Loop:
                     self._expect_fewer(skipped, unchanged)
                 else:
                     skipped = 0
-                    if done == steps or done % self.run.log_every == 0:
+                    if milestones.logs(done):
                         rate = self.config.learning_rate * factor
                         bar.set_postfix_str(self._write(log, done, rate, figures), refresh=False)
                 asked = termination.signal is not None
@@ -162,11 +163,14 @@ class Loop:
         def drawn(step: int) -> bool:
             return self._sheet(step).is_file()
 
-        run = self.run
-        every = (run.validate_every, run.checkpoint_every, run.sheet_every)
-        if held_out is None:
-            every = (None, run.checkpoint_every, None)
-        return Milestones(self.config.steps, *every, log, validate, save, draw, drawn)
+        run, looks = self.run, held_out is not None
+        every = Every(
+            log=run.log_every,
+            save=run.checkpoint_every,
+            validate=run.validate_every if looks else None,
+            draw=run.sheet_every if looks else None,
+        )
+        return Milestones(self.config.steps, every, log, validate, save, draw, drawn)
 
     def _write(
         self, log: RunLog, step: int, rate: float, figures: Mapping[str, torch.Tensor]
@@ -240,25 +244,20 @@ class Loop:
 
         UserError for another run's of another network, or of more steps than this is to take.
         """
-        found = newest(self.folder)
-        if found is not None:
-            self._restore(found)
-            return found.step
         earlier = self.run.earlier and self.run.earlier / self.part
-        found = newest(earlier) if earlier else None
+        found, own = newest_of(self.folder, earlier)
         if found is None:
             return 0
+        if own or earlier is None:
+            self._restore(found)
+            return found.step
         if found.step > self.config.steps:
             raise UserError(
                 f"{earlier}: has taken {found.step} steps; raise first_stage.{self.part}.steps to "
                 "that, or above"
             )
-        try:
+        with restoring(earlier):
             self._restore(found)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{earlier}: trained other weights than this would; leave out --resume"
-            ) from error
         return found.step
 
     def _restore(self, found: Checkpoint) -> None:

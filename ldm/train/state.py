@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ldm.checkpoint import Checkpoint, newest
+from ldm.checkpoint import Checkpoint
 from ldm.denoiser import Denoiser, trained
 from ldm.errors import UserError
 from ldm.optimizer_state import optimizer_tensors, restore_optimizer
+from ldm.runs import newest_of, restoring
 from ldm.train import fsdp
 from ldm.train.ema import Ema
 
@@ -43,25 +44,19 @@ class TrainingState:
         UserError where the processes find different ones, or the earlier run's does not fit or
         has taken ``steps`` already.
         """
-        found = newest(run)
-        own = found is not None
-        if found is None and earlier is not None:
-            found = newest(earlier)
+        found, own = newest_of(run, earlier)
         self._expect_all_at(0 if found is None else found.step, run)
         if found is None:
             return 0, False
-        if found.step >= steps > 0 and not own:
+        if own or earlier is None:
+            self._restore(found)
+            return found.step, own
+        if found.step >= steps:
             raise UserError(
                 f"{earlier}: has taken {found.step} steps; raise train.steps above that"
             )
-        try:
+        with restoring(earlier):
             self._restore(found)
-        except (RuntimeError, ValueError, KeyError) as error:
-            if earlier is None:
-                raise
-            raise UserError(
-                f"{earlier}: trained other weights than this would; leave out --resume"
-            ) from error
         return found.step, own
 
     def _restore(self, found: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from ldm.config import Train
 from ldm.denoiser import Denoiser, trained
 from ldm.errors import UserError
 from ldm.learning_rate import rate_factor
-from ldm.milestones import Milestones, Save
+from ldm.milestones import Every, Milestones, Save
 from ldm.progress import progress
 from ldm.run_log import LOG, RunLog
 from ldm.saver import Saver
@@ -124,7 +124,7 @@ class Trainer:
                         milestones.conclude(step, stopping=True)
                     return False
                 done = step + 1
-                if self._logs_at(done) and math.isfinite(loss + norm):
+                if milestones.logs(done) and math.isfinite(loss + norm):
                     log.write({"step": done, "loss": loss, "lr": rate, "gradient_norm": norm})
                     shown = f"loss {loss:.3f}, lr {rate:.1e}, gradient {norm:.2f}"
                     bar.set_postfix_str(shown, refresh=False)
@@ -137,11 +137,13 @@ class Trainer:
         config, save = self.config, partial(self._save, saver, log)
         validate = partial(self._validate, save, termination)
         draw = partial(self._draw, termination)
-        every = (config.validate_every, config.checkpoint_every, config.sample_every)
-        return Milestones(config.steps, *every, log, validate, save, draw, self._drawn)
-
-    def _logs_at(self, step: int) -> bool:
-        return step == self.config.steps or step % self.config.log_every == 0
+        every = Every(
+            log=config.log_every,
+            save=config.checkpoint_every,
+            validate=config.validate_every,
+            draw=config.sample_every,
+        )
+        return Milestones(config.steps, every, log, validate, save, draw, self._drawn)
 
     def _set_rates(self, step: int) -> float:
         """Set the learning rates of a step; the UNet's."""
