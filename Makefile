@@ -66,12 +66,12 @@ demo: $(VENV)/.installed ## the whole way on embedded data: scenes, retraining, 
 	$(BIN)/dvc commit --quiet data.dvc
 	$(BIN)/python -m flows.retrain
 
-# What an extra brings, which the tests try too.
-$(VENV)/.extras: $(VENV)/.installed
-	@$(PIP) install --no-deps bitsandbytes==0.50.2
+# What an extra brings, which the tests try too. Aside: diffusers would import it in every process.
+$(VENV)/extras: $(VENV)/.installed
+	@$(PIP) install --upgrade --no-deps --target $@ bitsandbytes==0.50.2
 	@touch $@
 
-test: $(VENV)/.extras ## run the tests; ARGS="-m 'not (slow or kills or big)'" for the quick ones
+test: $(VENV)/extras ## run the tests; ARGS="-m 'not (slow or kills or big)'" for the quick ones
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.installed ## what runs in several processes, or is killed again and again
