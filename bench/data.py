@@ -23,9 +23,10 @@ from bench import SMALL, encode
 from bench.compare import compare
 from bench.peak import peak
 from bench.synthetic import caption, origin, write_images, write_latents
+from ldm.artifacts import manifest_of
 from ldm.cache import LatentCache
 from ldm.config import Ingest
-from ldm.latents import IDS, MOMENTS, SAMPLE_MEMBERS, STATES, TEXT_MEMBERS, TEXTS, from_npy
+from ldm.latents import IDS, STATES, TEXT_MEMBERS, TEXTS, SampleReader, from_npy
 from ldm.shards import ShardReader
 from ldm.train.data import TrainingBatches
 
@@ -211,15 +212,15 @@ def memory_of_load(samples: int) -> float:
 
 def cache_size(latents: Path) -> None:
     """Bytes a sample and a caption, beside their arrays' alone; what one text a caption saves."""
-    if not latents.is_dir():
+    if (made := manifest_of(latents)) is None:
         print(f"\nno {latents}: run `make demo` for the bytes of its cache")
         return
-    splits = [ShardReader(latents, split, SAMPLE_MEMBERS) for split in ("train", "validation")]
+    splits = [SampleReader(made, split) for split in ("train", "validation")]
     texts = ShardReader(latents, TEXTS, TEXT_MEMBERS)
     columns = "".join(f"{name:>12}" for name in ("pieces", "bytes each", "arrays", "tar, json"))
     print(f"\nbytes of {latents}\n{'':12}{columns}")
     samples = sum(len(reader) for reader in splits)
-    of_sample = row("samples", splits, (MOMENTS,))
+    of_sample = row("samples", splits, splits[0].arrays)
     of_text = row("captions", [texts], (STATES, IDS))
     once, each = len(texts) * of_text, samples * of_text
     print(

@@ -12,11 +12,12 @@ from ldm.artifacts import Manifest, opening
 from ldm.latents import (
     ABOUT,
     HEADER_BYTES,
+    MIRRORED,
     MOMENTS,
-    SAMPLE_MEMBERS,
     STATES,
     TEXT_MEMBERS,
     TEXTS,
+    SampleReader,
     npy_header,
     text_key,
 )
@@ -41,7 +42,8 @@ class LatentCache:
         self.manifest, self.split, folder = latents, split, latents.path
         self.scaling_factor = float(self.manifest.config["scaling_factor"])
         self.shift_factor = float(self.manifest.config["shift_factor"])
-        self._samples = ShardReader(folder, split, SAMPLE_MEMBERS)
+        self._samples = SampleReader(latents, split)
+        self.has_mirrored = MIRRORED in self._samples.arrays
         self._texts = ShardReader(folder, TEXTS, TEXT_MEMBERS)
         abouts = (json.loads(self._samples.read(key, ABOUT)) for key in self._samples)
         self._text_of = self._texts.numbers(about["text"] for about in abouts)
@@ -59,16 +61,31 @@ class LatentCache:
 
     def caption(self, sample: int) -> str:
         """In the words of its row."""
-        return str(json.loads(self._samples.read(self.key(sample), ABOUT))["caption"])
+        return self._samples.caption(self.key(sample))
 
-    def expect(self, samples: Sequence[int]) -> None:
+    def expect(self, samples: Sequence[int], mirrored: Sequence[bool] | None = None) -> None:
         """Have the system fetch samples and their texts from disk: they are read soon."""
-        self._samples.expect(samples, MOMENTS)
+        for member, own in _by_member(samples, mirrored):
+            self._samples.expect(np.asarray(samples)[own], member)
         self._texts.expect(self._text_of[samples], self._text_member)
 
-    def moments(self, samples: Sequence[int]) -> np.ndarray:
-        """Unscaled posterior means above log-variances: (n, 2 x channels, height, width)."""
-        return _arrays(self._samples, samples, MOMENTS)
+    def moments(self, samples: Sequence[int], mirrored: Sequence[bool] | None = None) -> np.ndarray:
+        """Unscaled posterior means above log-variances: (n, 2 x channels, height, width).
+
+        Those of the picture's mirror image where it is ``mirrored``, which asks for a cache that
+        ``has_mirrored`` ones.
+        """
+        parts = [
+            (own, _arrays(self._samples, np.asarray(samples)[own], member))
+            for member, own in _by_member(samples, mirrored)
+        ]
+        first = parts[0][1]
+        if len(parts) == 1:
+            return first
+        moments = np.empty((len(samples), *first.shape[1:]), first.dtype)
+        for own, arrays in parts:
+            moments[own] = arrays
+        return moments
 
     def texts(self, samples: Sequence[int], dropped: Sequence[bool] | None = None) -> np.ndarray:
         """Captions, the empty one where it is ``dropped``: (n, tokens, width) or (n, tokens)."""
@@ -77,12 +94,15 @@ class LatentCache:
             numbers[dropped] = self._empty
         return _arrays(self._texts, numbers, self._text_member)
 
-    def latents(self, samples: Sequence[int], noise: np.ndarray) -> np.ndarray:
+    def latents(
+        self, samples: Sequence[int], noise: np.ndarray, mirrored: Sequence[bool] | None = None
+    ) -> np.ndarray:
         """Posterior samples, shifted and scaled to about unit variance: float32 (n, c, h, w).
 
         ``noise`` is of that shape and standard normal; with zeros they are the means.
         """
-        means, log_variances = np.split(self.moments(samples).astype(np.float32), 2, axis=1)
+        moments = self.moments(samples, mirrored).astype(np.float32)
+        means, log_variances = np.split(moments, 2, axis=1)
         drawn = means + np.exp(0.5 * np.clip(log_variances, *LOG_VARIANCES)) * noise
         return (drawn - self.shift_factor) * self.scaling_factor
 
@@ -90,6 +110,15 @@ class LatentCache:
         """Channels, height and width."""
         channels, height, width = self.shapes[sample].tolist()
         return channels // 2, height, width
+
+
+def _by_member(
+    samples: Sequence[int], mirrored: Sequence[bool] | None
+) -> list[tuple[str, np.ndarray]]:
+    """The members to read, each with where among the samples it is shown: bool (n,)."""
+    turned = np.zeros(len(samples), bool) if mirrored is None else np.asarray(mirrored, bool)
+    shown = ((MOMENTS, ~turned), (MIRRORED, turned))
+    return [(member, own) for member, own in shown if own.any()]
 
 
 def _arrays(reader: ShardReader, numbers: Numbers, member: str) -> np.ndarray:

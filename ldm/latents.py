@@ -1,26 +1,48 @@
-"""The format of the latents artifact: member names, keys, arrays as bytes.
+"""The format of the latents artifact, and reading it: member names, keys, arrays as bytes.
 
 ``SPLIT-*.tar`` holds per sample ``moments.npy`` (2 x channels, height, width), the posterior's mean
 above its log-variance, unscaled, and ``json`` {caption, text}; ``texts-*.tar`` holds per distinct
 caption ``states.npy`` (tokens, width) and ``ids.npy`` (tokens,) under the key that ``text`` names.
 Samples differ in height and width where the pictures have aspect buckets; the manifest then has
-``image_size``, the side of the square one.
+``image_size``, the side of the square one. Where it has ``flip``, training samples have
+``mirrored.npy`` too: the moments of the picture with left and right exchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from functools import lru_cache
 
 import numpy as np
 
-MOMENTS, ABOUT, STATES, IDS = "moments.npy", "json", "states.npy", "ids.npy"
-SAMPLE_MEMBERS = frozenset({MOMENTS, ABOUT})
+from ldm.artifacts import Manifest
+from ldm.shards import ShardReader
+
+MOMENTS, MIRRORED, ABOUT = "moments.npy", "mirrored.npy", "json"
+STATES, IDS = "states.npy", "ids.npy"
 TEXT_MEMBERS = frozenset({STATES, IDS})
 TEXTS = "texts"
 HEADER_BYTES = 256
 """Of a ``.npy`` file, at most: numpy pads what an array of three dimensions needs to 128."""
+
+
+def arrays_of(split: str, *, flip: bool) -> tuple[str, ...]:
+    """The arrays of a split's samples. What is validated on is not encoded mirrored."""
+    return (MOMENTS, MIRRORED) if flip and split == "train" else (MOMENTS,)
+
+
+class SampleReader(ShardReader):
+    """Random access to the samples of a split of a latents artifact; ``arrays``: what they have."""
+
+    def __init__(self, latents: Manifest, split: str) -> None:
+        self.arrays = arrays_of(split, flip=latents.config.get("flip", False))
+        super().__init__(latents.path, split, frozenset({*self.arrays, ABOUT}))
+
+    def caption(self, key: str) -> str:
+        """In the words of its row."""
+        return str(json.loads(self.read(key, ABOUT))["caption"])
 
 
 def text_key(caption: str) -> str:

@@ -150,6 +150,10 @@ def other_text_shards(project: Project) -> None:
     project.settings = {**SETTINGS, "text_shards": 2}
 
 
+def with_flips(project: Project) -> None:
+    project.settings = {**SETTINGS, "flip": True}
+
+
 PICTURES, CAPTIONS = ROWS + 1, (ROWS + 1) // 2 + 2
 
 
@@ -170,6 +174,7 @@ PICTURES, CAPTIONS = ROWS + 1, (ROWS + 1) // 2 + 2
         (other_scaling, 0, 0),
         (other_place, 0, 0),
         (other_text_shards, 0, 0),
+        (with_flips, ROWS, 0),
     ],
 )
 def test_what_a_change_concerns_is_encoded_again_and_nothing_else(

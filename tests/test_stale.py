@@ -58,12 +58,32 @@ def test_a_manifest_alone_is_enough_to_see_it(encoded: Project, tmp_path: Path) 
         expect_current(encoded.out, images, Encode())
 
 
-@pytest.mark.parametrize("setting", [{"compute": "bfloat16"}, {"storage": "float16"}])
-def test_other_settings_are_said(encoded: Project, setting: dict[str, str]) -> None:
-    (name, now), = setting.items()  # fmt: skip
-    message = rf"encode\.{name} float32, which is {now} now; .* or set encode\.{name} to float32"
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [
+        ("compute", "float32", "bfloat16"),
+        ("storage", "float32", "float16"),
+        ("flip", False, True),
+    ],
+)
+def test_other_settings_are_said(encoded: Project, name: str, was: object, now: object) -> None:
+    message = rf"encode\.{name} {was}, which is {now} now; .* or set encode\.{name} to {was}"
     with pytest.raises(UserError, match=message):
-        expect_current(encoded.out, None, Encode.model_validate(setting))
+        expect_current(encoded.out, None, Encode.model_validate({name: now}))
+
+
+def test_pictures_that_changed_are_told_of_latents_with_flips(
+    encoded: Project, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, encoded.pipeline)
+    project.images, project.settings["flip"] = encoded.images, True
+    project.encode()
+    expect_current(project.out, project.images, Encode(flip=True))
+    with pytest.raises(UserError, match=r"encode\.flip True, which is False now"):
+        expect_current(project.out, project.images, Encode())
+    images = write_images(tmp_path / "images", in_shards(without(FIRST), 4))
+    with pytest.raises(UserError, match=r"is stale, .* \(1 gone\)"):
+        expect_current(project.out, images, Encode(flip=True))
 
 
 def test_without_pictures_there_is_nothing_to_compare(encoded: Project, tmp_path: Path) -> None:

@@ -186,8 +186,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[LatentCache, int], 
     """Latents of samples that are spoilt come out as NaN."""
     whole = LatentCache.latents
 
-    def latents(cache: LatentCache, samples: Sequence[int], noise: np.ndarray) -> np.ndarray:
-        drawn = whole(cache, samples, noise)
+    def latents(cache: LatentCache, samples: Sequence[int], *others: Any) -> np.ndarray:
+        drawn = whole(cache, samples, *others)
         drawn[[spoilt(cache, sample) for sample in samples]] = np.nan
         return drawn
 

@@ -144,6 +144,10 @@ class Encode(Section):
     """Of each thread, on a CPU. Another size gives other last bits: all is encoded again."""
     compute: Literal["float32", "bfloat16"] = "float32"
     storage: Literal["float32", "float16"] = "float32"
+    flip: bool = False
+    """Encode each training picture mirrored too; whenever a training shows it, chance says which.
+    For captions that name no left and right, and pictures without text. Nearly twice the pictures
+    to encode and to keep."""
     text_shards: Count = 16
     """Captions are spread over so many shards by their hash; another caption changes one of them.
     (Pictures have a shard for each of ingest's.)"""

@@ -22,6 +22,8 @@ LIBRARIES = ("diffusers", "pillow", "torch", "transformers")
 CODE = ("batches", "device", "encode/encoders")
 PICTURE_CODE = (*CODE, "images")
 """Modules of ``ldm`` that decide a result."""
+MIRROR = b"mirrored:"
+"""Stands before a picture's bytes where its mirror image is meant; no picture file begins so."""
 APPLIED_AT_LOAD = {"scaling_factor", "shift_factor"}
 
 
@@ -55,16 +57,26 @@ def picture_encoder(
 ) -> Encoder:
     """A picture's encoded bytes to its posterior moments, in the type of storage.
 
-    ``digest`` is that of the weights (:func:`ldm.models.digests`).
+    Of its mirror image, where ``MIRROR`` stands before them. ``digest`` is that of the weights
+    (:func:`ldm.models.digests`).
     """
     basis = _basis(digest, vae.config, config, PICTURE_CODE)
     vae = vae.to(device, getattr(torch, config.compute))
 
     def run(pictures: list[bytes]) -> np.ndarray:
-        pixels = np.stack([decode_image(picture) for picture in pictures])
+        pixels = np.stack([_pixels(picture) for picture in pictures])
         return posterior_moments(vae, pixels, device).astype(config.storage)
 
-    return Encoder(run, size_of, basis, config.batch_size, device)
+    def shape(picture: bytes) -> tuple[int, int]:
+        return size_of(picture.removeprefix(MIRROR))
+
+    return Encoder(run, shape, basis, config.batch_size, device)
+
+
+def _pixels(picture: bytes) -> np.ndarray:
+    """uint8 (height, width, 3) of a picture's bytes, or of its mirror image."""
+    pixels = decode_image(picture.removeprefix(MIRROR))
+    return np.ascontiguousarray(pixels[:, ::-1]) if picture.startswith(MIRROR) else pixels
 
 
 def text_encoder(clip: CLIPTextModel, digest: str, config: Encode, device: torch.device) -> Encoder:

@@ -16,8 +16,10 @@ from typing import Protocol
 import numpy as np
 from transformers import CLIPTokenizer
 
+from ldm.batches import parts
+from ldm.encode.encoders import MIRROR
 from ldm.image_shards import ImageReader
-from ldm.latents import ABOUT, IDS, MOMENTS, STATES, text_key, to_npy
+from ldm.latents import ABOUT, IDS, MIRRORED, STATES, text_key, to_npy
 from ldm.shards import writing_shard
 from ldm.text import tokenize
 
@@ -70,27 +72,37 @@ class Captions:
 
 
 class PictureShard:
-    """A shard of posterior moments; its captions are noted when it is written."""
+    """A shard of posterior moments; its captions are noted when it is written.
 
-    def __init__(self, reader: ImageReader, path: Path, captions: Captions) -> None:
-        self.reader, self.path, self.captions = reader, path, captions
+    ``arrays``: what each sample has (:func:`ldm.latents.arrays_of`).
+    """
+
+    def __init__(
+        self, reader: ImageReader, path: Path, captions: Captions, arrays: Sequence[str]
+    ) -> None:
+        self.reader, self.path, self.captions, self.arrays = reader, path, captions, arrays
         self._captions: list[str] = []
 
     def items(self) -> Iterator[tuple[str, bytes]]:
-        """The encoded pictures."""
+        """The encoded pictures, each followed by its mirror image where there is one."""
         for key in self.reader:
             self._captions.append(self.reader.caption(key))
-            yield f"{self.path.stem} sample {key}", self.reader.picture(key)
+            name, picture = f"{self.path.stem} sample {key}", self.reader.picture(key)
+            yield name, picture
+            if MIRRORED in self.arrays:
+                yield f"{name}, mirrored", MIRROR + picture
         self.reader.close()
 
     def write(self, fingerprints: Sequence[str], read: Read) -> None:
         """Write moments and captions."""
-        rows = zip(self.reader, self._captions, fingerprints, strict=True)
+        by_sample = parts(fingerprints, len(self.arrays))
+        rows = zip(self.reader, self._captions, by_sample, strict=True)
         with writing_shard(self.path) as write:
-            for key, caption, fingerprint in rows:
+            for key, caption, own in rows:
                 about = {"caption": caption, "text": text_key(caption)}
                 content = json.dumps(about, ensure_ascii=False).encode()
-                write(key, {MOMENTS: to_npy(read(fingerprint)), ABOUT: content})
+                arrays = zip(self.arrays, (to_npy(read(one)) for one in own), strict=True)
+                write(key, {**dict(arrays), ABOUT: content})
         self.captions.add(set(self._captions))
 
 

@@ -2,6 +2,7 @@
 
 The cache holds the posterior's mean and log-variance unscaled, so that each epoch can draw its own
 sample; text states are stored once a distinct caption, the empty one (for dropout) among them.
+With ``encode.flip`` the mirror images of training pictures are pictures of their own here.
 What an earlier run made of the same item with the same encoder is taken over; the output is, byte
 for byte, what it would be without, and whatever number of processes share the work.
 """
@@ -27,6 +28,7 @@ from ldm.encode.latent_shards import Captions, PictureShard, Shard, TextShard
 from ldm.encode.sharing import Sharing
 from ldm.errors import UserError
 from ldm.image_shards import SPLITS, ImageReader, split_of
+from ldm.latents import arrays_of
 from ldm.locks import held
 from ldm.memory import keep_large_memory
 from ldm.models import Encoders, digests, load_encoders, locate
@@ -44,8 +46,8 @@ class Job:
     images: str
     shards: list[str]
     """Names of the shards of pictures."""
-    samples: int
-    """In all of them."""
+    pictures: int
+    """To encode of all of them."""
     out: str
     """The folder to write to, with one for captions."""
 
@@ -88,14 +90,17 @@ def _lead(part: Part, images: Manifest, out: Path) -> None:
     }
     if "bucket_step" in images.config:
         settings["image_size"] = images.config["image_size"]
+    if config.flip:
+        settings["flip"] = True
     inputs = {"images": images.digest, **part.made_of}
-    samples = sum(images.counts.values())
+    arrays = {split: len(arrays_of(split, flip=config.flip)) for split in SPLITS}
+    pictures = sum(count * arrays[split] for split, count in images.counts.items())
     shards = sorted(name for name in images.files if name.endswith(".tar"))
     counts: dict[str, int] = {}
     with writing(out, "latents", config=settings, inputs=inputs, counts=counts) as fresh:
         captions = fresh / CAPTIONS
         captions.mkdir()
-        job = Job(str(images.path), shards, samples, str(fresh))
+        job = Job(str(images.path), shards, pictures, str(fresh))
         sharing.tell("job", json.dumps(asdict(job)))
         part.do(job)
         shutil.rmtree(captions)
@@ -103,9 +108,9 @@ def _lead(part: Part, images: Manifest, out: Path) -> None:
     part.known.forget_unused()
     new_pictures, new_texts = (sharing.count(f"new {what}") for what in (PICTURES, TEXTS))
     say(
-        f"encode: {counts['train']} training and {counts['validation']} validation pictures "
-        f"({new_pictures} encoded, the rest reused), {counts[TEXTS]} distinct captions "
-        f"({new_texts} encoded, the rest reused) -> {out}"
+        f"encode: {counts['train']} training{', each mirrored too,' if config.flip else ''} and "
+        f"{counts['validation']} validation pictures ({new_pictures} encoded, the rest reused), "
+        f"{counts[TEXTS]} distinct captions ({new_texts} encoded, the rest reused) -> {out}"
     )
 
 
@@ -128,16 +133,17 @@ class Part:
         captions = Captions(Path(job.out) / CAPTIONS, self.config.text_shards, self.sharing.rank)
         if self.sharing.is_main:
             captions.add([""])
-        self._write(PICTURES, self._of_picture, self._picture_shards(job, captions), job.samples)
+        self._write(PICTURES, self._of_picture, self._picture_shards(job, captions), job.pictures)
         self._write(TEXTS, self._of_text, self._text_shards(job, captions), None)
 
     def _picture_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
         images = manifest_of(Path(job.images))
         assert images is not None  # The main process opened it.
         for name in self.sharing.each(PICTURES, job.shards):
-            reader = ImageReader(images, name)
-            self.sharing.add(split_of(name), len(reader))
-            yield PictureShard(reader, Path(job.out) / name, captions)
+            reader, split = ImageReader(images, name), split_of(name)
+            self.sharing.add(split, len(reader))
+            arrays = arrays_of(split, flip=self.config.flip)
+            yield PictureShard(reader, Path(job.out) / name, captions, arrays)
 
     def _text_shards(self, job: Job, captions: Captions) -> Iterator[Shard]:
         for number in self.sharing.each(TEXTS, range(captions.shards)):

@@ -17,11 +17,10 @@ from ldm.config import Registry, Sampling
 from ldm.config.section import flat
 from ldm.errors import UserError
 from ldm.image_shards import SPLITS
-from ldm.latents import SAMPLE_MEMBERS
+from ldm.latents import SampleReader
 from ldm.progress import say
 from ldm.registry.gate import starting
 from ldm.run_log import LOG, entries, metrics_of
-from ldm.shards import ShardReader
 from ldm.tracking import runs, versions
 from ldm.tracking.commit import code_commit
 from ldm.tracking.liveness import connected
@@ -122,7 +121,7 @@ def _samples(latents: Path | None) -> str | None:
     made = None if latents is None else manifest_of(latents)
     if made is None:
         return None
-    keys = {split: ShardReader(made.path, split, SAMPLE_MEMBERS) for split in SPLITS}
+    keys = {split: SampleReader(made, split) for split in SPLITS}
     if any(len(keys[split]) != made.counts.get(split, 0) for split in SPLITS):
         return None
     return "".join(f"{split} {key}\n" for split in SPLITS for key in sorted(keys[split]))

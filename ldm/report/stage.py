@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.evaluation_prompts import GROUPS, Prompt, lines_of
 from ldm.image_shards import ImageReader
 from ldm.images import decode_image, psnr, to_pixels
-from ldm.latents import MOMENTS, SAMPLE_MEMBERS, from_npy
+from ldm.latents import MOMENTS, SampleReader, from_npy
 from ldm.memory import keep_memory
 from ldm.models import Source, load_vae
 from ldm.progress import progress, say
@@ -40,7 +40,6 @@ from ldm.report.verdict import (
     verdict,
 )
 from ldm.run_log import LOG, entries
-from ldm.shards import ShardReader
 from ldm.tracking.connection import may_exist, tracking_uri
 
 PAGE = "index.html"
@@ -66,7 +65,7 @@ def report(
     metrics = json.loads((evaluation / "metrics.json").read_text())
     lines = comparison(metrics, found, registry.gate)
     curves = read_curves(model / LOG)
-    reconstructions = _reconstructions(made["images"], latents, model)
+    reconstructions = _reconstructions(made["images"], made["latents"], model)
     page = Page(
         verdict=verdict(found, lines),
         registered=registered(found),
@@ -197,13 +196,13 @@ def _training(model: Manifest, curves: Curves) -> list[str]:
 
 
 @torch.no_grad()
-def _reconstructions(images: Manifest, latents: Path, model: Path) -> list[Reconstruction]:
+def _reconstructions(images: Manifest, latents: Manifest, model: Path) -> list[Reconstruction]:
     """Some validation pictures, decoded from the cached posterior's mean.
 
     They are the first by name, a hash, so that each aspect bucket has its share of them.
     """
     pictures = ImageReader(images, "validation")
-    cached = ShardReader(latents, "validation", SAMPLE_MEMBERS)
+    cached = SampleReader(latents, "validation")
     device = device_of()
     keep_memory(device)
     vae = load_vae(Source(str(model))).to(device)

@@ -1,9 +1,9 @@
 """Cached latents to training batches, each a pure function of the seed and a step number.
 
 A run consumes *positions* 0, 1, 2, ...: which sample a position shows, :mod:`ldm.train.order` says.
-Posterior sample, noise, timestep and caption dropout come from a counter-based generator keyed by
-(seed, position). Worker, rank, batch split and process state play no part, so a run resumes from
-one integer.
+Posterior sample, noise, timestep, caption dropout and which way round it is shown come from a
+counter-based generator keyed by (seed, position). Worker, rank, batch split and process state play
+no part, so a run resumes from one integer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.cache import LatentCache
 from ldm.errors import UserError
 from ldm.termination import ignore
-from ldm.train.draws import DROPOUT, TIMESTEPS, TRAIN, VALIDATION, counter_based
+from ldm.train.draws import DROPOUT, FLIPS, TIMESTEPS, TRAIN, VALIDATION, counter_based
 from ldm.train.order import Order, by_shape
 
 Item = TypeVar("Item")
@@ -98,15 +98,22 @@ class TrainingBatches(Dataset[Batch]):
     def at(self, positions: range) -> Batch:
         """The batch of these positions. All are asked of the disk before one is waited for."""
         samples = [self.order.sample(position) for position in positions]
-        self.cache.expect(samples)
+        mirrored = self.mirrored(positions)
+        self.cache.expect(samples, mirrored)
         rngs = [counter_based(self.seed, TRAIN, position) for position in positions]
-        latents, noise = _drawn(self.cache, samples, rngs)
+        latents, noise = _drawn(self.cache, samples, rngs, mirrored)
         dropped = [rng.random() < self.caption_dropout for rng in rngs]
         if self.offset_noise:
             noise += np.float32(self.offset_noise) * _normal(rngs, (noise.shape[1], 1, 1))
         shares = (shifted(spread_share(self.seed, at), self.timestep_shift) for at in positions)
         timesteps = [int(share * self.timesteps) for share in shares]
         return _batch(latents, noise, self.cache.texts(samples, dropped), timesteps)
+
+    def mirrored(self, positions: range) -> list[bool] | None:
+        """Which of these positions show the mirror image: each by even chance, if there are any."""
+        if not self.cache.has_mirrored:
+            return None
+        return [counter_based(self.seed, FLIPS, at).random() < 0.5 for at in positions]
 
     def keys(self, step: int) -> list[str]:
         """Keys of the samples of an optimizer step, by process, then micro-batch, then place."""
@@ -186,7 +193,7 @@ def validation_batches(
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
-    """Every sample ``draws`` times at spread timesteps, always the same ones; nothing dropped.
+    """Every sample ``draws`` times at spread timesteps, always the same; none dropped or mirrored.
 
     A batch is of one shape; draw ``d`` of sample ``s`` is position ``d * len(cache) + s``. Yields
     this process's share of each batch, and how many samples that has: the shares in the order of
@@ -210,11 +217,14 @@ def validation_batches(
 
 
 def _drawn(
-    cache: LatentCache, samples: Sequence[int], rngs: Sequence[np.random.Generator]
+    cache: LatentCache,
+    samples: Sequence[int],
+    rngs: Sequence[np.random.Generator],
+    mirrored: Sequence[bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents and noise of samples of one shape, each by its own generator."""
     shape = cache.latent_shape(samples[0])
-    latents = cache.latents(samples, _normal(rngs, shape))
+    latents = cache.latents(samples, _normal(rngs, shape), mirrored)
     return latents, _normal(rngs, shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-TRAIN, VALIDATION, ORDER, TIMESTEPS, BUCKETS, DROPOUT = range(6)
+TRAIN, VALIDATION, ORDER, TIMESTEPS, BUCKETS, DROPOUT, FLIPS = range(7)
 """Streams of random numbers under one seed."""
 
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ldm.artifacts import Manifest, manifest_of
 from ldm.config import Encode
 from ldm.errors import UserError
 from ldm.image_shards import SPLITS, ImageReader
-from ldm.latents import ABOUT, SAMPLE_MEMBERS
-from ldm.shards import ShardReader
+from ldm.latents import SampleReader
 
-DECIDING = ("compute", "storage")
-"""Settings that decide what an array of the cache is."""
+DECIDING = ("compute", "storage", "flip")
+"""Settings that decide which arrays the cache has, and what one is."""
 
 
 def expect_current(latents: Path, images: Path | None, config: Encode) -> None:
     """Raise :class:`UserError`, which says what differs, where latents have been left behind.
 
-    That is by another ``compute`` or ``storage`` in the settings, or by other pictures, where these
-    are at hand; encoders are not compared. What is no artifact is left to the stage that opens it.
+    That is by another ``compute``, ``storage`` or ``flip`` in the settings, or by other pictures,
+    where these are at hand; encoders are not compared. What is no artifact is left to the stage
+    that opens it.
     """
     made = manifest_of(latents)
     if made is None:
         return
     for name in DECIDING:
-        was, now = made.config.get(name), getattr(config, name)
+        was, now = {"flip": False, **made.config}.get(name), getattr(config, name)
         if was != now:
             raise UserError(
                 f"{latents}: was encoded with encode.{name} {was}, which is {now} now; run `ldm "
@@ -46,15 +45,11 @@ def _difference(latents: Manifest, images: Manifest) -> str:
         return "its shards are others"  # Of what lies in a bucket no more is at hand.
     new = gone = reworded = 0
     for split in SPLITS:
-        encoded = ShardReader(latents.path, split, SAMPLE_MEMBERS)
+        encoded = SampleReader(latents, split)
         pictures = ImageReader(images, split)
         before, now = set(encoded), set(pictures)
         new, gone = new + len(now - before), gone + len(before - now)
-        reworded += sum(_caption(encoded, key) != pictures.caption(key) for key in now & before)
+        reworded += sum(encoded.caption(key) != pictures.caption(key) for key in now & before)
     counts = {"samples new": new, "gone": gone, "with another caption": reworded}
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return found or "the same samples with other pixels, or cut into other shards"
-
-
-def _caption(encoded: ShardReader, key: str) -> str:
-    return str(json.loads(encoded.read(key, ABOUT))["caption"])
