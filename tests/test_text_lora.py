@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.lora import DIFFUSERS, KOHYA
 from ldm.models import Source
 from ldm.pipeline import load_model
-from tests.test_lora import adapted, checkpoint_of, output
+from tests.test_lora import adapted, assert_resumes, checkpoint_of, output
 from tests.test_train import run_here, text_weights, weights
 
 BOTH: dict[str, Any] = {"learning_rate": 1e-2, "text_learning_rate": 1e-2, "schedule": "constant"}
@@ -87,16 +87,8 @@ def test_kohya_has_the_names_of_a_lone_text_encoder(
 
 
 def test_a_training_resumes_bit_for_bit(pipeline: Path, latents: Path, tmp_path: Path) -> None:
-    settings = {"lora": {"dropout": 0.3}, "checkpoint_every": 7, **BOTH}
-    model = run_here(pipeline, latents, tmp_path, **settings)
-    last = checkpoint_of(tmp_path)
-    straight = {path.name: path.read_bytes() for path in last.iterdir()}
-    manifest = (model / "manifest.json").read_text()
-    shutil.rmtree(last)
-    shutil.rmtree(model)
-    run_here(pipeline, latents, tmp_path, **settings)
-    assert {path.name: path.read_bytes() for path in last.iterdir()} == straight
-    assert (model / "manifest.json").read_text() == manifest
+    settings: dict[str, Any] = {"lora": {"dropout": 0.3}, "checkpoint_every": 7, **BOTH}
+    last = assert_resumes(pipeline, latents, tmp_path, **settings)
     assert any(name.startswith("text_encoder.") for name in load_file(last / "ema.safetensors"))
 
 
