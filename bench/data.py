@@ -220,8 +220,8 @@ def cache_size(latents: Path) -> None:
     columns = "".join(f"{name:>12}" for name in ("pieces", "bytes each", "arrays", "tar, json"))
     print(f"\nbytes of {latents}\n{'':12}{columns}")
     samples = sum(len(reader) for reader in splits)
-    of_sample = row("samples", splits, splits[0].arrays)
-    of_text = row("captions", [texts], (STATES, IDS))
+    of_sample = row("samples", [(reader, reader.arrays) for reader in splits])
+    of_text = row("captions", [(texts, (STATES, IDS))])
     once, each = len(texts) * of_text, samples * of_text
     print(
         f"one text a caption: {len(texts):,} for {samples:,} samples, {once / 2**20:.1f} MiB where "
@@ -230,11 +230,16 @@ def cache_size(latents: Path) -> None:
     )
 
 
-def row(name: str, readers: Sequence[ShardReader], arrays: Sequence[str]) -> float:
-    """Print a row; bytes of the files by piece."""
-    pieces = sum(len(reader) for reader in readers)
-    each = sum(path.stat().st_size for reader in readers for path in reader.paths) / pieces
-    first = next(iter(readers[0]))
-    own = sum(from_npy(readers[0].read(first, array)).nbytes for array in arrays)
-    print(f"{name:12}{pieces:12,}{each:12,.0f}{own:12,}{each - own:12,.0f}")
+def row(name: str, readers: Sequence[tuple[ShardReader, Sequence[str]]]) -> float:
+    """Print a row, of readers and the arrays that each piece there has; bytes of files by piece."""
+    pieces = sum(len(reader) for reader, _ in readers)
+    each = sum(path.stat().st_size for reader, _ in readers for path in reader.paths) / pieces
+    own = sum(len(reader) * bytes_of_arrays(reader, arrays) for reader, arrays in readers) / pieces
+    print(f"{name:12}{pieces:12,}{each:12,.0f}{own:12,.0f}{each - own:12,.0f}")
     return each
+
+
+def bytes_of_arrays(reader: ShardReader, arrays: Sequence[str]) -> int:
+    """Of the first piece; all have as many."""
+    first = next(iter(reader))
+    return sum(from_npy(reader.read(first, array)).nbytes for array in arrays)

@@ -119,15 +119,18 @@ def _check_targets(name: str, network: torch.nn.Module, targets: tuple[str, ...]
     kinds = torch.nn.Linear | torch.nn.Conv2d
     modules = dict(network.named_modules())
     setting, what, usual = {
-        "unet": ("targets", "UNet", Lora().targets),
-        "text_encoder": ("text_targets", "text encoder", Lora().text_targets),
+        "unet": ("targets", "UNet; name some by the end of diffusers' names", Lora().targets),
+        "text_encoder": (
+            *("text_targets", "text encoder; name some by the end of transformers' names"),
+            Lora().text_targets,
+        ),
     }[name]
     for target in targets:
         found = [one for name, one in modules.items() if f".{name}".endswith(f".{target}")]
         if not found or not all(isinstance(one, kinds) for one in found):
             raise UserError(
                 f"train.lora.{setting}: {target} names no linear layers or convolutions of the "
-                f"{what}; name some by the end of their library's names, as {', '.join(usual)}"
+                f"{what}, as {', '.join(usual)}"
             )
 
 
@@ -135,25 +138,20 @@ def _check_targets(name: str, network: torch.nn.Module, targets: tuple[str, ...]
 class Base:
     """The networks that adapters were trained beside, by name and weights, and their settings.
 
-    ``text_digest`` is None where the text encoder has no adapters.
+    The text encoder is that of the pipeline; ``text_digest`` is None in earlier checkpoints.
     """
 
     name: str
     revision: str | None
     digest: str
-    text_digest: str | None
     lora: dict[str, Any]
+    text_digest: str | None = None
 
     @classmethod
     def of(cls, config: Train, pretrained: Pretrained, digest: str, text_digest: str) -> Base:
-        """Of a training of adapters; digests are those of the UNet and text encoder it starts from.
-
-        The text encoder is that of the pipeline, wherever the UNet is from.
-        """
+        """Of a training of adapters beside a UNet and a text encoder of these digests."""
         assert config.lora
         name, revision = config.init, None
         if config.init == "pretrained":
             name, revision = pretrained.pipeline, pretrained.revision
-        adapts_text = config.text_learning_rate is not None
-        text = text_digest if adapts_text else None
-        return cls(name, revision, digest, text, config.lora.as_dict())
+        return cls(name, revision, digest, config.lora.as_dict(), text_digest)

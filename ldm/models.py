@@ -87,7 +87,10 @@ def load_text_encoder(source: Source) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What a training leaves as it is: the autoencoder, and the text tower with its tokenizer."""
+    """What comes with a UNet: the autoencoder, and the text tower with its tokenizer.
+
+    A training leaves them as they are, but for the text tower where that is trained too.
+    """
 
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer

@@ -52,7 +52,7 @@ def load_trained(
     if model.lora is not None:
         base = Base(**model.lora)
         unet = load_unet(locate(base.name, base.revision), network)
-        _check_base(base, model.pipeline, unet, text_encoder)
+        _check_base(base, model.pipeline, unet, encoders.text_encoder)
         denoiser = Denoiser(unet, text_encoder)
         adapters = Adapters(denoiser, Lora.model_validate(base.lora))
         denoiser.restore(weights)
@@ -63,16 +63,14 @@ def load_trained(
     return encoders, run_by(network, whole), model.schedule, None
 
 
-def _check_base(
-    base: Base, pipeline: str, unet: Network, text_encoder: CLIPTextModel | None
-) -> None:
+def _check_base(base: Base, pipeline: str, unet: Network, text_encoder: CLIPTextModel) -> None:
     """Adapters say nothing beside other weights than those that they were trained beside."""
     known = (
         (base.name, "UNet", unet, base.digest),
         (pipeline, "text encoder", text_encoder, base.text_digest),
     )
     for name, what, network, digest in known:
-        if network is not None and digest_weights(network) != digest:
+        if digest is not None and digest_weights(network) != digest:
             raise UserError(
                 f"{name}: has another {what} than the one that the checkpoint's adapters were "
                 "trained beside; put that one back, or train again"

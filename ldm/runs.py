@@ -94,25 +94,27 @@ def continued(
     return {**identity, "from": digest_json(states)}
 
 
-def newest_of(run: Path, earlier: Path | None) -> tuple[Checkpoint | None, bool]:
-    """What a training goes on from, and whether its own run has it.
+def newest_of(run: Path, earlier: Path | None) -> tuple[Checkpoint | None, Path | None]:
+    """What a training goes on from, None for nothing, and the other run that it is of, if it is.
 
-    The newest whole checkpoint of the run, or else of the ``earlier`` one; None if there is none.
+    The newest whole checkpoint of its own run, or else of the ``earlier`` one.
     """
     found = checkpoint.newest(run)
     if found is not None or earlier is None:
-        return found, found is not None
-    return checkpoint.newest(earlier), False
+        return found, None
+    return checkpoint.newest(earlier), earlier
 
 
 @contextmanager
-def restoring(run: Path) -> Iterator[None]:
+def restoring(other: Path | None) -> Iterator[None]:
     """UserError where what is restored in the block, of another run, is of other weights."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
+        if other is None:
+            raise
         raise UserError(
-            f"{run}: trained other weights than this would; leave out --resume"
+            f"{other}: trained other weights than this would; leave out --resume"
         ) from error
 
 

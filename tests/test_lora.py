@@ -25,7 +25,7 @@ from ldm.train.stage import train
 from ldm.unet import denoise
 from tests.launched import launch
 from tests.test_options import differ
-from tests.test_train import run_here, weights
+from tests.test_train import run_here, text_weights, weights
 
 ALL_KINDS = ["to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_shortcut"]
 """Linear layers and convolutions of either size, among them names that formats write unlike."""
@@ -236,13 +236,16 @@ def test_each_setting_changes_what_is_learnt(
 def test_two_processes_drop_what_one_does_that_accumulates(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
+    """In the text encoder too."""
     together = {"accelerate": "infra/accelerate/cpu-ddp.yaml"}
     settings = {"lora": json.dumps({"dropout": 0.4}), "steps": 6, **STRONG}
+    settings |= {"text_learning_rate": 1e-2}
     others = ({"accumulation": 2}, together, {**together, "lora": json.dumps({})})
     for number, other in enumerate(others):
         process = launch(pipeline, latents, tmp_path / str(number), **{**settings, **other})
         assert process.wait() == 0
-    one, two, undropped = (weights(tmp_path / str(number) / "model") for number in range(3))
+    models = [tmp_path / str(number) / "model" for number in range(3)]
+    one, two, undropped = ({**weights(model), **text_weights(model)} for model in models)
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(one, undropped, rtol=1e-3, atol=1e-5)
@@ -252,7 +255,7 @@ def test_two_processes_drop_what_one_does_that_accumulates(
 def test_a_block_computed_twice_drops_the_same(
     pipeline: Path, latents: Path, tmp_path: Path, network: str
 ) -> None:
-    settings = {"lora": {"dropout": 0.4}, "steps": 4, **STRONG}
+    settings = {"lora": {"dropout": 0.4}, "steps": 4, "text_learning_rate": 1e-2, **STRONG}
     plain, again = (
         run_here(
             pipeline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from ldm.artifacts import opening
 from ldm.config import Lora
 from ldm.errors import UserError
 from ldm.lora import DIFFUSERS, KOHYA
@@ -92,22 +94,51 @@ def test_a_training_resumes_bit_for_bit(pipeline: Path, latents: Path, tmp_path:
     assert any(name.startswith("text_encoder.") for name in load_file(last / "ema.safetensors"))
 
 
-def test_a_checkpoint_is_the_finished_model(pipeline: Path, latents: Path, tmp_path: Path) -> None:
-    """Beside the text encoder that the training started from, and no other."""
+def double_text(pipeline: Path) -> None:
+    path = pipeline / "text_encoder" / "model.safetensors"
+    save_file({name: 2 * one for name, one in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("text", [{}, {"text_learning_rate": 1e-2}])
+def test_a_checkpoint_is_the_finished_model(
+    pipeline: Path, latents: Path, tmp_path: Path, text: dict[str, float]
+) -> None:
+    """Beside the UNet that the training started from, and the pipeline's text encoder."""
     base = tmp_path / "base"
     shutil.copytree(pipeline, base)
-    model = run_here(base, latents, tmp_path, lora={"alpha": 40}, **BOTH)
-    checkpoint = Source(str(checkpoint_of(tmp_path)))
-    wanted = load_model(Source(str(model)))[0].text_encoder
-    assert torch.equal(states(load_model(checkpoint)[0].text_encoder), states(wanted))
+    start = run_here(base, latents, tmp_path / "start", learning_rate=1e-2)
+    settings = {"learning_rate": 1e-2, "lora": {"alpha": 40}, "init": str(start), **text}
+    model = run_here(base, latents, tmp_path, **settings)
+    last, finished = Source(str(checkpoint_of(tmp_path))), load_model(Source(str(model)))
+    drawn = load_model(last)
+    assert torch.equal(states(drawn[0].text_encoder), states(finished[0].text_encoder))
+    assert torch.equal(output(drawn[1]), output(finished[1]))
+    double_text(base)
+    with pytest.raises(UserError, match=r"base: has another text encoder than .*train again"):
+        load_model(last)
 
-    other = base / "text_encoder" / "model.safetensors"
-    changed = load_file(other)
-    name = next(name for name in changed if name.endswith("fc1.bias"))
-    changed[name] += 1
-    save_file(changed, other, {"format": "pt"})
-    with pytest.raises(UserError, match=r"has another text encoder than .*train again"):
-        load_model(checkpoint)
+
+def test_a_checkpoint_from_before_the_text_encoder_was_known_opens(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    run_here(pipeline, latents, tmp_path, lora={})
+    last = checkpoint_of(tmp_path)
+    about = json.loads((last.parent / "model.json").read_text())
+    del about["lora"]["text_digest"], about["lora"]["lora"]["text_targets"]
+    expected = output(load_model(Source(str(last)))[1])
+    (last.parent / "model.json").write_text(json.dumps(about))
+    assert torch.equal(output(load_model(Source(str(last)))[1]), expected)
+
+
+def test_sheets_on_the_way_change_nothing(pipeline: Path, latents: Path, tmp_path: Path) -> None:
+    """They are drawn by the averaged adapters, with the text encoder that is trained."""
+    models = [
+        run_here(pipeline, latents, tmp_path / str(every), lora={}, sample_every=every, **BOTH)
+        for every in (None, 5)
+    ]
+    assert list(tmp_path.glob("5/runs/*/samples-*.png"))
+    manifests = [opening(model, "model", "train").files for model in models]
+    assert manifests[0] == manifests[1]
 
 
 def test_without_text_targets_the_text_encoder_stays(

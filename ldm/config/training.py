@@ -83,7 +83,7 @@ class Train(Section):
     start may be taught another one: Stable Diffusion 1, which predicts epsilon, ``{prediction:
     v_prediction, beta_schedule: scaled_linear, zero_terminal_snr: true}``, say."""
     lora: Lora | None = None
-    """Train adapters and leave the UNet's own weights as they are; null trains all weights."""
+    """Train adapters and leave the networks' own weights as they are; null trains all weights."""
     steps: Count = 2200
     batch_size: Count = 64
     """Samples an optimizer step, over all processes and accumulation steps."""

@@ -245,18 +245,15 @@ class Loop:
         UserError for another run's of another network, or of more steps than this is to take.
         """
         earlier = self.run.earlier and self.run.earlier / self.part
-        found, own = newest_of(self.folder, earlier)
+        found, other = newest_of(self.folder, earlier)
         if found is None:
             return 0
-        if own or earlier is None:
-            self._restore(found)
-            return found.step
-        if found.step > self.config.steps:
+        if other is not None and found.step > self.config.steps:
             raise UserError(
-                f"{earlier}: has taken {found.step} steps; raise first_stage.{self.part}.steps to "
+                f"{other}: has taken {found.step} steps; raise first_stage.{self.part}.steps to "
                 "that, or above"
             )
-        with restoring(earlier):
+        with restoring(other):
             self._restore(found)
         return found.step
 

@@ -44,20 +44,15 @@ class TrainingState:
         UserError where the processes find different ones, or the earlier run's does not fit or
         has taken ``steps`` already.
         """
-        found, own = newest_of(run, earlier)
+        found, other = newest_of(run, earlier)
         self._expect_all_at(0 if found is None else found.step, run)
         if found is None:
             return 0, False
-        if own or earlier is None:
+        if other is not None and found.step >= steps:
+            raise UserError(f"{other}: has taken {found.step} steps; raise train.steps above that")
+        with restoring(other):
             self._restore(found)
-            return found.step, own
-        if found.step >= steps:
-            raise UserError(
-                f"{earlier}: has taken {found.step} steps; raise train.steps above that"
-            )
-        with restoring(earlier):
-            self._restore(found)
-        return found.step, own
+        return found.step, other is None
 
     def _restore(self, found: Checkpoint) -> None:
         if self.sharded:
