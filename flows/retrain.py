@@ -12,13 +12,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
+from pydantic import Field
 
 from flows.dag import stage_graph, stale
 from flows.process import ROOT, run, run_ldm, stop_in_order
@@ -71,14 +74,21 @@ def stage(name: str, root: Path) -> Outcome:
 
 
 @task(task_run_name=_task_name, cache_policy=NO_CACHE)
-def command(name: str, root: Path) -> str:
+def command(name: str, root: Path, options: Sequence[str] = ()) -> str:
     """A step with side effects outside DVC's reach: ``ldm NAME``; its line of result."""
-    return run_ldm(name, root=root)
+    return run_ldm(name, *options, root=root)
 
 
 @flow(name="retrain")
-def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
-    """Bring the model up to date with the data, register it, let the gate decide, report."""
+def retrain(
+    root: Path = ROOT,
+    ingest_retries: int = 2,
+    keep_runs: Annotated[int, Field(ge=0)] | None = None,
+) -> list[Outcome]:
+    """Bring the model up to date with the data, register it, let the gate decide, report.
+
+    Then trainings that have ended give up their checkpoints, all but the newest ``keep_runs``.
+    """
     done: dict[str, Outcome] = {}
     for name, needed in stage_graph(root).items():
         # Fetching depends on other people's servers; the rest fails for a reason that stays.
@@ -89,6 +99,8 @@ def retrain(root: Path = ROOT, ingest_retries: int = 2) -> list[Outcome]:
         )
     outcomes = list(done.values())
     said = [command(name, root) for name in ("register", "promote", "report")]
+    if keep_runs is not None:
+        said.append(command("prune", root, [f"--keep={keep_runs}"]))
     _leave_artifacts(root, outcomes, said)
     return outcomes
 
@@ -125,7 +137,13 @@ def reported(root: Path) -> bool:
 
 def main() -> None:
     """Run the flow, or say that there is nothing to do."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--keep-runs", type=int, metavar="N", help="`ldm prune --keep N` at the end; default: none"
+    )
+    keep_runs = parser.parse_args().keep_runs
+    if keep_runs is not None and keep_runs < 0:
+        parser.error(f"--keep-runs {keep_runs}: give 0 or more")
     stop_in_order()
     started = time.monotonic()
     try:
@@ -133,7 +151,7 @@ def main() -> None:
             seconds = time.monotonic() - started
             say(f"retrain: every stage is up to date, nothing done again ({seconds:.0f} s)")
             return
-        outcomes = retrain()
+        outcomes = retrain(keep_runs=keep_runs)
     except UserError as error:
         sys.exit(f"retrain: {error}")
     except subprocess.CalledProcessError as error:

@@ -105,8 +105,8 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     are.
     """
     target = run / f"step-{checkpoint.step:08d}"
-    fresh = run / f".{target.name}.writing"
-    for leftover in run.glob(".step-*.writing"):
+    fresh = aside(target)
+    for leftover in leftovers(run):
         shutil.rmtree(leftover)
     try:
         if damage_of(target) is None:
@@ -253,6 +253,16 @@ def newest_folder(run: Path) -> Path | None:
 def folders(run: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
     return sorted(one for one in run.glob("step-*") if one.name.removeprefix("step-").isdigit())
+
+
+def aside(folder: Path) -> Path:
+    """Where a checkpoint is while it is written, or removed: what is there counts for nothing."""
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def leftovers(run: Path) -> list[Path]:
+    """What is aside in a run; the next :func:`save` takes it away."""
+    return sorted(run.glob(".step-*.writing"))
 
 
 def damage_of(folder: Path) -> str | None:

@@ -120,6 +120,12 @@ def _export(options: argparse.Namespace) -> None:
     export(options.checkpoint, options.out)
 
 
+def _prune(options: argparse.Namespace) -> None:
+    from ldm.prune import prune
+
+    prune(options.runs, options.keep, options.model, dry_run=options.dry_run)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from ldm.evaluate import evaluate
 
@@ -218,6 +224,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "encode": _encode,
     "train": _train,
     "export": _export,
+    "prune": _prune,
     "evaluate": _evaluate,
     "register": _register,
     "promote": _promote,

@@ -11,7 +11,7 @@ from ldm.lora import FOLDER
 from ldm.pipeline import load_trained, save_pipeline
 from ldm.progress import say
 from ldm.run_log import LOG, Entry, as_lines, entries
-from ldm.runs import RUN, identity_of
+from ldm.runs import RUN, expect_unpruned, identity_of
 
 
 def export(named: Path, out: Path) -> None:
@@ -21,7 +21,9 @@ def export(named: Path, out: Path) -> None:
     What comes out can be evaluated and registered. UserError where that is no checkpoint, or not
     whole.
     """
-    folder = _best(named) if (named / RUN).is_file() else named
+    run = named if (named / RUN).is_file() else named.parent
+    expect_unpruned(run, "train again, or name another run")
+    folder = _best(named) if run == named else named
     if not (folder.parent / RUN).is_file():
         raise UserError(
             f"{named}: is no checkpoint of `ldm train`; name a folder of runs/, or a step-NNNNNNNN "

@@ -25,6 +25,8 @@ EVAL = Path("artifacts/eval")
 REPORT = Path("artifacts/report")
 EXPLAINED = Path("explained")
 RUNS = Path("runs")
+KEEP = 3
+"""Trainings that keep their checkpoints."""
 REMOTE = frozenset({IMAGES, LATENTS})
 """What may be given as a URL instead."""
 
@@ -79,6 +81,15 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", type=Path, metavar="RUN[/step-NNNNNNNN]",
         help="checkpoint, or the run whose best by validation loss is taken",
     )  # fmt: skip
+    prune = command(
+        "prune", "remove the checkpoints of trainings that have ended", runs=RUNS, model=MODEL
+    )
+    prune.add_argument(
+        "--keep", type=int, default=KEEP, metavar="N",
+        help="how many keep them, of trainings and of first stages: the newest, and what made the "
+        f"model; default: {KEEP}; 0: none",
+    )  # fmt: skip
+    prune.add_argument("--dry-run", action="store_true", help="remove nothing, name what would go")
     command("evaluate", "draw the prompts and judge", model=MODEL, data=DATA, out=EVAL)
     command(
         "register", "log the training to MLflow, name it challenger",

@@ -7,7 +7,7 @@ of the code that decides a step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ldm.config.section import flat
 from ldm.errors import UserError
 
 RUN = "run.json"
+PRUNED = "pruned"
+"""In a run's folder, until the next start: ``ldm prune`` removed its checkpoints, or began to."""
 INPUTS = {
     "images": "other pictures",
     "latents": "other latents",
@@ -41,9 +43,10 @@ def folder_of(runs: Path, identity: Identity, start: str = "") -> Path:
 
 
 def describe(run: Path, identity: Identity) -> None:
-    """Write what decides a run into its folder."""
+    """Write what decides a run into its folder: it begins, or goes on."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / RUN, identity)
+    (run / PRUNED).unlink(missing_ok=True)
 
 
 def identity_of(run: Path) -> Identity:
@@ -51,6 +54,17 @@ def identity_of(run: Path) -> Identity:
     if not (run / RUN).is_file():
         raise UserError(f"{run}: is no run (has no {RUN}); name a folder of {run.parent}")
     return dict(json.loads((run / RUN).read_text()))
+
+
+def expect_unpruned(run: Path, remedy: str, parts: Sequence[str] = ("",)) -> None:
+    """UserError where ``ldm prune`` has left no checkpoint of a run."""
+    if (run / PRUNED).is_file() and not any(checkpoint.folders(run / part) for part in parts):
+        raise UserError(f"{run}: has no checkpoints any more, `ldm prune` removed them; {remedy}")
+
+
+def origin(checkpoints: Iterable[Path]) -> str:
+    """What a run that goes on from these says of them, as ``from``."""
+    return digest_json([digest_file(one / checkpoint.STATE) for one in checkpoints])
 
 
 def continued(
@@ -68,6 +82,7 @@ def continued(
     UserError for differences that are not said to be meant (``changed``), naming them.
     """
     known = identity_of(earlier)
+    expect_unpruned(earlier, "leave out --resume to train anew", parts)
     found = differences(known, identity, section)
     if not found:
         if "from" in known and not all(checkpoint.folders(earlier / part) for part in parts):
@@ -88,10 +103,10 @@ def continued(
             "train.optimizer back, or leave out --resume"
         )
     found_in = [checkpoint.newest_folder(earlier / part) for part in parts]
-    states = [digest_file(newest / checkpoint.STATE) for newest in found_in if newest]
-    if not states:
+    stands = [newest for newest in found_in if newest]
+    if not stands:
         raise UserError(f"{earlier}: has no whole checkpoint to go on from; leave out --resume")
-    return {**identity, "from": digest_json(states)}
+    return {**identity, "from": origin(stands)}
 
 
 def newest_of(run: Path, earlier: Path | None) -> tuple[Checkpoint | None, Path | None]:

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -239,15 +240,21 @@ def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str)
         call(retrained, prefect, "deployment", "run", name, *parameters, **api)
     worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
     call(retrained, *worker, **api)
-    request = urllib.request.Request(
-        f"{server}/flow_runs/filter", b"{}", {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        runs = [run for run in json.load(answer) if run["deployment_id"]]
+    runs = [run for run in asked_of(server, "flow_runs") if run["deployment_id"]]
     # The nightly schedule has put later runs into the calendar.
     due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
     assert list(due.values()) == ["Completed"] * 3, due
     assert len(list((retrained / "generated").glob("*/*.png"))) == 12
+    (page,) = (one for one in asked_of(server, "artifacts") if one["key"] == "retraining")
+    assert "- prune: removed the checkpoints of 0 of 1 ended trainings, 0.0 MB;" in page["data"]
+
+
+def asked_of(server: str, kind: str) -> list[dict[str, Any]]:
+    """All that a server has of a kind."""
+    about = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{server}/{kind}/filter", b"{}", about)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return list(json.load(answer))
 
 
 def test_a_worker_runs_in_its_own_checkout(retrained: Path, server: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ STAGES = {
     "explain",
     "report",
     "export",
+    "prune",
     "trace",
 }
 ALLOWED = {"report": "registry", "trace": "ingest.rows"}

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import mlflow
@@ -32,7 +34,7 @@ from ldm.registry.register import register
 from ldm.registry.standing import standing
 from ldm.run_log import metrics_of
 from ldm.tracking import runs
-from ldm.tracking.connection import connect, may_exist
+from ldm.tracking.connection import connect, is_refusal, may_exist
 from ldm.tracking.live import Live
 from ldm.tracking.liveness import ALIVE, LOCK, RUN_TOKEN, SILENT_S, TOKEN, note_dead
 from ldm.train.stage import train
@@ -363,6 +365,101 @@ def test_what_mlflow_does_not_take_is_shown_when_it_answers_again(
     said = capsys.readouterr().out
     assert said.count("MLflow does not take the run (away for a while); trying again") == 1
     assert "no such.png: not shown in MLflow" in said
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before it began", "while it goes on"])
+def test_a_run_that_mlflow_refuses_goes_on_unseen_and_nobody_waits(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str], begun: bool
+) -> None:
+    """The experiment is deleted."""
+    client = mlflow.MlflowClient(store)
+    experiment = client.create_experiment(tmp_path.name)
+    if not begun:
+        client.delete_experiment(experiment)
+    with Live(Registry(tracking_uri=store, experiment=tmp_path.name), tmp_path, {}) as live:
+        if begun:
+            eventually(lambda: shown(store, tmp_path))
+            client.delete_experiment(experiment)
+            live.write({"step": 1, "val_loss": 0.1})
+        eventually(lambda: not live._thread.is_alive())
+        live.write({"step": 2, "val_loss": 0.2})
+        live.finish("of the model")
+        ends = time.monotonic()
+    assert time.monotonic() - ends < 1
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("train: MLflow refuses the run (The ")
+    assert said.endswith("Current state is deleted.); it goes on unseen")
+    assert not live._tasks  # A long training would fill the memory.
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server that has one answer for all."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def as_mlflow(code: str) -> bytes:
+    return json.dumps({"error_code": code, "message": "so it is"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "passes"),
+    [
+        (401, b"who are you?", False),
+        (403, as_mlflow("PERMISSION_DENIED"), False),
+        (404, as_mlflow("RESOURCE_DOES_NOT_EXIST"), False),
+        (400, as_mlflow("INVALID_PARAMETER_VALUE"), False),
+        (400, as_mlflow("BAD_REQUEST"), True),
+        (404, b"no backend", True),
+        (429, as_mlflow("REQUEST_LIMIT_EXCEEDED"), True),
+        (500, as_mlflow("INTERNAL_ERROR"), True),
+        (503, as_mlflow("TEMPORARILY_UNAVAILABLE"), True),
+        (502, b"bad gateway", True),
+    ],
+)
+def test_what_a_server_answers_may_pass_or_not(
+    monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, passes: bool
+) -> None:
+    """On connecting and later."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.answer = status, body  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        uri = address(server.socket)
+        try:
+            with pytest.raises(UserError) as unconnected:
+                connect(uri)
+            with pytest.raises(MlflowException) as refused:
+                mlflow.MlflowClient(uri).get_run("0" * 32)
+        finally:
+            server.shutdown()
+    assert [is_refusal(one.value) for one in (unconnected, refused)] == [not passes] * 2
+
+
+def test_a_run_keeps_the_settings_that_mlflow_has_of_it(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which it would refuse to change."""
+    registry = Registry(tracking_uri=store, experiment=tmp_path.name)
+    for number, settings in enumerate(({"seed": 0}, {"seed": 0.5, "steps": 9}), start=1):
+        with Live(registry, tmp_path, settings) as live:
+            live.write({"step": number, "val_loss": number / 10})
+    (run,) = shown(store, tmp_path)
+    assert run.data.params == {"seed": "0", "steps": "9"}
+    assert run.data.metrics["val_loss"] == 0.2
+    assert not capsys.readouterr().out
 
 
 def test_samples_a_second_are_those_between_two_lines(

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.exceptions import ParameterTypeError
 from prefect.logging import disable_run_logger
 
+import flows.retrain
 from flows import process
 from flows.generate import generate
 from flows.process import run
-from flows.retrain import reported
+from flows.retrain import reported, retrain
 from ldm.artifacts import opening, write_json, writing
 from tests.launched import wait_for
+from tests.test_prune import kept, training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,6 +159,40 @@ def test_what_generate_is_told_reaches_the_job(pipeline: Path, tmp_path: Path) -
         assert told.items() <= one.items() and one["negative"] == "blue"
         assert one["guided_to"] < 1
     assert list((tmp_path / "out").glob("*.tar"))
+
+
+def test_how_many_runs_to_keep_is_checked_before_anything_is_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.retrain", "--keep-runs", "-1"]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "--keep-runs -1: give 0 or more" in done.stderr
+    with pytest.raises(ParameterTypeError, match="keep_runs: Input should be greater"):
+        retrain.validate_parameters({"root": tmp_path, "ingest_retries": 0, "keep_runs": -1})
+
+
+@pytest.mark.parametrize("told", [{}, {"keep_runs": 1}])
+def test_runs_are_pruned_at_the_end_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, int]
+) -> None:
+    """The chain's tests run the other steps too."""
+    (tmp_path / "params.yaml").touch()
+    for age, name in enumerate("ab"):
+        training(tmp_path / "runs" / name, age)
+    left: list[list[str]] = []
+    command = flows.retrain.command
+
+    def step(name: str, root: Path, *options: list[str]) -> str:
+        with disable_run_logger():
+            return command.fn(name, root, *options) if name == "prune" else name
+
+    monkeypatch.setattr(flows.retrain, "stage_graph", lambda root: {})
+    monkeypatch.setattr(flows.retrain, "command", step)
+    monkeypatch.setattr(flows.retrain, "_leave_artifacts", lambda *about: left.append(about[-1]))
+    retrain.fn(tmp_path, **told)
+    (said,) = left
+    assert said[:3] == ["register", "promote", "report"] and len(said) == 3 + len(told)
+    assert kept(tmp_path / "runs") == (["a"] if told else ["a", "b"])
+    assert not told or said[3].startswith("prune: removed the checkpoints of 1 of 2 ended")
 
 
 # When nothing is to be done

@@ -27,6 +27,17 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 PROBE_TIMEOUT_S = "10"
+REFUSALS = frozenset(
+    {
+        *("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"),
+        *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"),
+    }
+)
+"""MLflow's codes for what it would answer once more.
+
+BAD_REQUEST is none: it also says that a database has no connection free. A proxy's plain 404
+(ENDPOINT_NOT_FOUND) may be that of a restart.
+"""
 
 
 def tracking_uri(configured: str) -> str:
@@ -100,6 +111,15 @@ def failures() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return MlflowException, SQLAlchemyError, OSError, UserError
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow would answer the same again, as of a deleted experiment; else it may pass.
+
+    Of what :func:`failures` names.
+    """
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return getattr(cause, "error_code", None) in REFUSALS
 
 
 def first_line(error: Exception) -> str:

@@ -32,8 +32,9 @@ PATIENCE_S, STOPPED_PATIENCE_S = 60, 10
 class Live:
     """Shows a run in MLflow while the block runs.
 
-    What MLflow does not take is kept, and shown when it answers again. ``settings`` are those of
-    the whole training or, under its name, of each part.
+    What MLflow does not take is kept, and shown when it answers again; where it refuses the run,
+    that is said once and no more is shown. ``settings`` are those of the whole training or, under
+    its name, of each part.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class Live:
         self._do(lambda run: run.client.set_tag(run.identity, *tag))
 
     def _do(self, task: Task) -> None:
-        self._tasks.append(task)
-        self._news.set()
+        if not self._given_up:
+            self._tasks.append(task)
+            self._news.set()
 
     def _work(self) -> None:
         """The thread: what is queued, in order, until the end; after a failure once more."""
@@ -115,8 +117,13 @@ class Live:
                 self._show()
                 return
             except connection.failures() as error:
+                line = connection.first_line(error)
+                if connection.is_refusal(error):
+                    self._given_up = True
+                    self._tasks.clear()
+                    say(f"{self._stage}: MLflow refuses the run ({line}); it goes on unseen")
+                    return
                 if not told:
-                    line = connection.first_line(error)
                     say(f"{self._stage}: MLflow does not take the run ({line}); trying again")
                 told = True
             self._pause()
@@ -135,7 +142,9 @@ class Live:
         tags, name = life_tags(self._run), self._run.name
         run = runs.continue_run(client, self._registry.experiment, name, tags, RUN_TOKEN)
         with runs.system_metrics(run):
-            run.log(dict(flat(self._settings)), {})
+            # What it has stays as it is: MLflow refuses another value.
+            known = client.get_run(run.identity).data.params
+            run.log({name: one for name, one in flat(self._settings) if name not in known}, {})
             self._write_queued(run)
         client.set_terminated(run.identity, self.status)
 
