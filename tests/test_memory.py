@@ -154,7 +154,8 @@ def draws(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
 
 
 def reports(pipeline: Path, images: Path, latents: Path, folder: Path) -> None:
-    _reconstructions(opening(images, "images", "ingest"), latents, pipeline)
+    made = opening(latents, "latents", "encode")
+    _reconstructions(opening(images, "images", "ingest"), made, pipeline)
 
 
 @pytest.mark.parametrize("stage", [trains, encodes, trains_a_first_stage, draws, reports])
