@@ -128,9 +128,9 @@ def prune(runs: Path, keep: int, model: Path, *, dry_run: bool = False) -> None:
         going = [(one, size) for one, size in going if _remove(one)]
     what = f"{len(going)} of {len(ended)} ended trainings, {_readable(sum(s for _, s in going))}"
     resumable = [one for one in unfinished if one.all_checkpoints() or one.is_trained()]
-    left = f"{len(resumable)} unfinished ones{', and what they go on from,' if needed else ''}"
+    left = f"{len(resumable)} unfinished{', and what they go on from' if needed else ''}"
     done = "would remove" if dry_run else "removed"
-    say(f"prune: {done} the checkpoints of {what}; {left} are left as they are")
+    say(f"prune: {done} the checkpoints of {what}; left as they are: {left}")
 
 
 def _sorted_out(found: list[Training]) -> tuple[list[Training], list[Training]]:

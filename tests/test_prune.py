@@ -98,7 +98,7 @@ def test_the_newest_ended_ones_stay_and_all_that_is_small(
     assert said.startswith(
         f"prune: removed the checkpoints of {4 - keep} of 4 ended trainings, 0.0"
     )
-    assert said.endswith(" MB; 1 unfinished ones are left as they are")
+    assert said.endswith(" MB; left as they are: 1 unfinished")
     prune(five, keep, NONE)
     assert f"removed the checkpoints of 0 of {keep} ended" in capsys.readouterr().out
 
@@ -151,7 +151,7 @@ def test_what_an_unfinished_one_went_on_from_stays(
     prune(five, 1, NONE)
     assert kept(five) == ["a", "c", "d", "first-stage", "first-stage-new", "later still"]
     said = capsys.readouterr().out
-    assert said.endswith("2 unfinished ones, and what they go on from, are left as they are\n")
+    assert said.endswith("left as they are: 2 unfinished, and what they go on from\n")
     for one in ("later", "later still"):
         shutil.rmtree(five / one)
     prune(five, 1, NONE)
@@ -201,7 +201,7 @@ def test_one_that_a_process_is_at_is_left_as_it_is(
     with held(five / "e" / LOCK, "nobody holds it"):
         prune(five, 0, NONE)
     assert kept(five) == ["d", "e"]
-    assert "3 of 3 ended" in (said := capsys.readouterr().out) and "; 2 unfinished ones" in said
+    assert "3 of 3 ended" in (said := capsys.readouterr().out) and ": 2 unfinished" in said
 
 
 @pytest.mark.parametrize("how", ["at work", "at work and away"])
