@@ -186,7 +186,7 @@ def test_added_file_is_refused(target: Path, name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_flipped_bit_of_a_file_is_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -39,7 +39,7 @@ from tests.launched import SHORT, launch, wait_for
 from tests.served import photograph, serving, write_list
 from tests.test_evaluate import evaluated
 
-quick = settings(max_examples=100, deadline=None, derandomize=True)
+quick = settings(max_examples=100)
 STEPS, SIDES = st.sampled_from([8, 16, 24, 64]), st.integers(1, 12)
 ASPECTS = st.floats(1, 6)
 

@@ -26,7 +26,7 @@ from tests.served import photograph, serving, stored, write_list
 # --- histograms
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.one_of(
         st.lists(st.integers(0, 10**7), min_size=1),

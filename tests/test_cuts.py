@@ -42,7 +42,6 @@ def parts(some: Sequence[str], most: int) -> list[tuple[str, ...]]:
     return [tuple(some[at] for at in part) for part in cut(some, most)]
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(), unique=True), st.integers(1, 9))
 def test_parts_are_the_whole_in_order_and_none_is_too_long(numbers: list[int], most: int) -> None:
     some = [hashlib.sha256(str(number).encode()).hexdigest() for number in numbers]
@@ -99,7 +98,7 @@ def shards_of(store: Store, numbers: Sequence[int], folder: Path) -> Counter[str
     return Counter(digest_file(path) for path in folder.glob("*.tar"))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(NUMBERS, st.data())
 def test_a_row_that_goes_leaves_all_shards_but_its_own(
     store: Store, numbers: list[int], data: st.DataObject
@@ -112,7 +111,7 @@ def test_a_row_that_goes_leaves_all_shards_but_its_own(
     assert (before & after).total() >= before.total() - 2
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(NUMBERS, st.integers(0, 40))
 def test_rows_that_come_leave_all_shards_but_the_last(
     store: Store, numbers: list[int], first: int

@@ -18,7 +18,7 @@ from ldm.train.order import Order
 EPOCHS = 12
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 """Of buckets."""
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60)
 
 
 def mixed(sizes: Sequence[int]) -> np.ndarray:

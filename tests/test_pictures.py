@@ -347,7 +347,7 @@ def sealed(content: bytes) -> bytes:
 FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6)
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=1000)
 @given(
     st.sampled_from(
         [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"), ("PNG", "L"),
@@ -429,7 +429,7 @@ MARKED = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(st.text(st.characters() | MARKED, max_size=60), st.integers(1, 50))
 def test_cleaning_ends_and_holds(caption: str, most: int) -> None:
     once = cleaned(caption, most)

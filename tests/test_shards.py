@@ -139,7 +139,7 @@ SETS = st.dictionaries(KEYS, st.fixed_dictionaries({"a": st.binary(), "b.c": st.
 
 
 @given(SETS, st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]], a_shard: int
 ) -> None:
@@ -149,7 +149,7 @@ def test_round_trip(
 
 
 @given(st.lists(st.text("ab大é", max_size=3), unique=True, max_size=12), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_index_is_that_of_tarfile(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], data: st.DataObject
 ) -> None:
@@ -276,7 +276,7 @@ def test_whole_shard_less_is_refused_through_the_manifest(tmp_path: Path) -> Non
 
 
 @given(cut=st.integers(0, 5119))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tar_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = write(tmp_path_factory.mktemp("cut"), {"a": {"png": b"p" * 1500, "json": b"{}"}})
     path = folder / "train-00000.tar"
@@ -287,7 +287,7 @@ def test_tar_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, c
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_flipped_bit_never_hides_a_sample(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

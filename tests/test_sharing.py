@@ -130,7 +130,7 @@ captions_found = st.lists(st.tuples(st.text(), st.integers(0, 2)))
 
 
 @given(captions_found, st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_captions_come_once_by_their_keys_whoever_found_them(
     found: list[tuple[str, int]], shards: int
 ) -> None:

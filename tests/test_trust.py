@@ -333,7 +333,7 @@ def run(
     return digest_tree(out), [(skip.row.url, skip.reason) for skip in listed.left_out()]
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(st.lists(RUN, max_size=4), st.lists(st.integers(0, URLS - 1), unique=True, min_size=1))
 def test_after_any_history_a_run_ends_as_a_clean_one(
     history: list[tuple[list[int], set[int], int, bool]], last: list[int]
