@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,20 +40,6 @@ SCHEDULE = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
 }
-
-
-@pytest.fixture(autouse=True)
-def _tracked_nowhere() -> Iterator[None]:
-    """MLflow leaves in the environment whom a test connected to, and the next one's processes ask.
-
-    As it was before, then.
-    """
-    name = "MLFLOW_TRACKING_URI"
-    before = os.environ.get(name)
-    yield
-    os.environ.pop(name, None)
-    if before is not None:
-        os.environ[name] = before
 
 
 @pytest.fixture(autouse=True, scope="session")

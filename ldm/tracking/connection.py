@@ -16,7 +16,7 @@ from ldm.quiet import quieten
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
 
-TRACKING_URI = "MLFLOW_TRACKING_URI"
+TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 SQLITE = "sqlite:///"
 SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -65,9 +65,9 @@ def connect(uri: str) -> MlflowClient:
     # The environment says nothing to an MLflow that was imported before.
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     absolute = _absolute(uri)
-    with _environment_kept(TRACKING_URI):
+    with _environment_kept(TRACKING_URI), _environment_kept(REGISTRY_URI):
         mlflow.set_tracking_uri(absolute)
-    mlflow.set_registry_uri(absolute)
+        mlflow.set_registry_uri(absolute)
     try:
         _make_database(absolute)
         client = mlflow.MlflowClient()
