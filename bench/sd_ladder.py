@@ -66,10 +66,10 @@ RUNGS = {
     "channels-last": Rung("tried: channels last", channels_last=True),
     "flash": Rung("tried: flash attention first", attention=FLASH_FIRST),
     "compile": Rung("+ torch.compile", compiled={}),
-    "layout": Rung("+ channels last in it", compiled=CHANNELS_LAST),
-    "weights": Rung("tried: channels-last weights instead", channels_last=True, compiled={}),
-    "search": Rung("tried: + cuDNN's fastest", search=True, compiled=CHANNELS_LAST),
-    "large": Rung("+ large batch", "large", compiled=CHANNELS_LAST),
+    "layout": Rung("tried: the compiler's channels last", compiled=CHANNELS_LAST),
+    "weights": Rung("tried: + channels-last weights", channels_last=True, compiled={}),
+    "search": Rung("tried: + cuDNN's fastest", search=True, compiled={}),
+    "large": Rung("+ large batch", "large", compiled={}),
 }
 
 

@@ -222,16 +222,20 @@ def test_a_compiled_training_is_the_same_but_for_rounding(
         assert eager.keys() == fast.keys()
 
 
-@pytest.mark.parametrize(("device", "channels_last"), [("cuda", True), ("cpu", False)])
-def test_a_gpu_computes_compiled_convolutions_channels_last(
-    device: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "network", "asked"),
+    [("cuda", "diffusers", True), ("cuda", "ldm", False), ("cpu", "diffusers", False)],
+)
+def test_the_compiler_orders_a_network_that_has_no_order_of_its_own(
+    device: str, network: str, asked: bool, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler itself takes the option, and refuses those that it does not know."""
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: given.append(options))
-    compile_steps(torch.nn.Conv2d(1, 1, 1), torch.device(device), 1)
+    unet = load_unet(Source(str(pipeline)), network)
+    compile_steps(unet, torch.device(device), 1)
     taken = torch._TorchCompileInductorWrapper(None, given[0]["options"], given[0]["dynamic"])
-    assert bool(taken.config.get("force_layout_optimization")) is channels_last
+    assert bool(taken.config.get("force_layout_optimization")) is asked
 
 
 def test_compiling_without_a_compiler_is_one_line(

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ldm.nn.convolution import Conv2d
+from ldm.nn.norm import GroupNorm
+
 
 def sinusoidal(
     timesteps: torch.Tensor, width: int, *, cosine_first: bool, shift: float
@@ -49,14 +52,12 @@ class ResidualBlock(nn.Module):
         self, channels: int, out_channels: int, time_width: int, groups: int, eps: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNorm(groups, channels, eps)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
-        )
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, features: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """``time`` is the embedding after its activation, (n, time_width)."""
@@ -71,7 +72,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(n, c, h, w) to (n, c, ceil(h / 2), ceil(w / 2))."""
@@ -83,8 +84,21 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """(n, c, h, w) to (n, c, *size)."""
+        doubled = tuple(size) == tuple(2 * side for side in features.shape[2:])
+        if doubled and torch.compiler.is_compiling():
+            return self.conv(_twice(features))
         return self.conv(F.interpolate(features, size=size, mode="nearest"))
+
+
+def _twice(features: torch.Tensor) -> torch.Tensor:
+    """Each cell four times, in channels-last order; its way back compiles into a sum.
+
+    That of an interpolation compiles into atomic additions, slower and in no certain order.
+    """
+    n, c, h, w = features.shape
+    cells = features.permute(0, 2, 3, 1)[:, :, None, :, None]
+    return cells.expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)

@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ldm.errors import UserError
 from ldm.nn.attention import SpatialTransformer
 from ldm.nn.config import UNetConfig
+from ldm.nn.convolution import Conv2d
 from ldm.nn.layers import Downsample, ResidualBlock, TimeEmbedding, Upsample, sinusoidal
+from ldm.nn.norm import GroupNorm
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -138,13 +140,13 @@ class UNet(nn.Module):
         self.values = dict(values)
         self.config = shape = UNetConfig.read(values)
         levels = range(len(shape.widths))
-        self.conv_in = nn.Conv2d(shape.in_channels, shape.widths[0], 3, padding=1)
+        self.conv_in = Conv2d(shape.in_channels, shape.widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(shape.widths[0], 4 * shape.widths[0])
         self.down_blocks = nn.ModuleList(DownBlock(shape, level) for level in levels)
         self.mid_block = MidBlock(shape)
         self.up_blocks = nn.ModuleList(UpBlock(shape, level) for level in reversed(levels))
-        self.conv_norm_out = nn.GroupNorm(shape.groups, shape.widths[0], shape.eps)
-        self.conv_out = nn.Conv2d(shape.widths[0], shape.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(shape.groups, shape.widths[0], shape.eps)
+        self.conv_out = Conv2d(shape.widths[0], shape.out_channels, 3, padding=1)
 
     def forward(
         self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor
@@ -154,6 +156,9 @@ class UNet(nn.Module):
         ``timesteps``: (n,), or one for all; ``states``: (n, tokens, text width).
         """
         time = F.silu(self.time_embedding(self._waves(latents, timesteps)))
+        if torch.compiler.is_compiling() and latents.is_cuda:
+            # What the matrix units of a GPU want; every layer keeps it.
+            latents = latents.contiguous(memory_format=torch.channels_last)
         features = self.conv_in(latents)
         kept = [features]
         for down in self.down_blocks:
