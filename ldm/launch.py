@@ -124,9 +124,8 @@ def _launch(stage: str, named: str, request: Section) -> None:
     file, settings = configuration_of(stage, named)
     leave(request)
     os.environ[CPU_ASKED] = str(settings.use_cpu)  # accelerate says it to a lone process only.
-    # Left to itself, accelerate gives a lone CPU process one thread.
-    threads = max(1, len(os.sched_getaffinity(0)) // settings.processes_here)
-    arguments = ["--config_file", file, "--num_cpu_threads_per_process", str(threads)]
+    threads = str(_threads(settings.processes_here))
+    arguments = ["--config_file", file, "--num_cpu_threads_per_process", threads]
     if settings.num_machines == 1 and settings.main_process_port is None:
         arguments += ["--main_process_port", "0"]  # Any that is free.
     try:
@@ -138,6 +137,17 @@ def _launch(stage: str, named: str, request: Section) -> None:
         print(f"ldm {stage}: {killed}", file=sys.stderr)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _threads(processes: int) -> int:
+    """How many each process gets: what OMP_NUM_THREADS says, else its share of the cores.
+
+    Left to itself, accelerate gives a lone CPU process one.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _launched(*arguments: str) -> int:

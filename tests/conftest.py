@@ -43,9 +43,15 @@ SCHEDULE = {
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Small tensors gain nothing from a second thread, and results stay the same anywhere."""
+def _one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and results stay the same anywhere.
+
+    In the processes that tests start too: on a busy machine two threads wait for each other.
+    """
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

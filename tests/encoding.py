@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -84,11 +83,7 @@ class Project:
         command += ["--set", f"pretrained.pipeline={self.pipeline}"]
         for key, value in {**self.settings, **settings}.items():
             command += ["--set", f"encode.{key}={value}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=PIPE, stderr=PIPE,
-            start_new_session=True,
-        )  # fmt: skip
+        return Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
     def stored(self) -> int:
         """Pieces of what was encoded."""

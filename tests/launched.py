@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +26,7 @@ def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object
         command += ["--set", f"pretrained.network={network}"]
     for key, value in overrides.items():
         command += ["--set", f"train.{key}={value}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    return Popen(command, cwd=ROOT, start_new_session=True)
 
 
 def wait_for(found: Callable[[], object], process: Popen[Any]) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ SMALL = {
 
 
 def environment(project: Path) -> dict[str, str]:
+    """A user's, so on as many threads as there are cores; they wait for each other asleep.
+
+    Awake they keep the cores from those who compute, where two projects are made at a time.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return {
-        **os.environ,
+        **own,
+        "OMP_WAIT_POLICY": "passive",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(project),
         "PREFECT_HOME": str(project / ".prefect"),
@@ -72,18 +79,34 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = make_project(tmp_path_factory.mktemp("dvc") / "project")
-    call(project, "dvc", "repro")
-    return project
+def call_all(project: Path, *commands: list[str], **changes: str) -> list[str]:
+    """What each says; they run at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda command: call(project, *command, **changes), commands))
 
 
 @pytest.fixture(scope="module")
-def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = make_project(tmp_path_factory.mktemp("flow") / "project")
-    call(project, sys.executable, "-m", "flows.retrain")
-    return project
+def projects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One that DVC has made and one that the flow has, at the same time."""
+    ways = {"dvc": ["dvc", "repro"], "flow": [sys.executable, "-m", "flows.retrain"]}
+
+    def made(name: str) -> Path:
+        project = make_project(tmp_path_factory.mktemp(name) / "project")
+        call(project, *ways[name])
+        return project
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(ways, pool.map(made, ways), strict=True))
+
+
+@pytest.fixture(scope="module")
+def reproduced(projects: dict[str, Path]) -> Path:
+    return projects["dvc"]
+
+
+@pytest.fixture(scope="module")
+def retrained(projects: dict[str, Path]) -> Path:
+    return projects["flow"]
 
 
 def test_the_flow_has_dvcs_graph() -> None:
@@ -148,10 +171,11 @@ def test_a_champion_draws_in_a_fresh_process(retrained: Path) -> None:
 
 
 def test_generate_draws_a_prompt_and_a_file_with_the_champion(retrained: Path) -> None:
-    call(retrained, "ldm", "generate", "--prompt", "a red circle", "--seed", "5", "--out", "one")
-    assert [path.name for path in (retrained / "one").glob("*.png")] == ["00000.png"]
     (retrained / "prompts.txt").write_text("a red circle\n两个蓝色方形\n")
-    call(retrained, "ldm", "generate", "--prompts", "prompts.txt", "--seed", "5", "--out", "two")
+    command = ["ldm", "generate", "--seed", "5"]
+    one = [*command, "--prompt", "a red circle", "--out", "one"]
+    call_all(retrained, one, [*command, "--prompts", "prompts.txt", "--out", "two"])
+    assert [path.name for path in (retrained / "one").glob("*.png")] == ["00000.png"]
     assert len(list((retrained / "two").glob("*.png"))) == 2
     one, two = ((retrained / name / "00000.png").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -179,35 +203,24 @@ def test_after_a_new_evaluation_what_follows_it_is_done(retrained: Path, tmp_pat
     assert "every stage is up to date" in call(project, sys.executable, "-m", "flows.retrain")
 
 
-def test_a_flow_takes_options(retrained: Path) -> None:
-    for options, answer in (
-        (["--version", "9"], "ldm: has no version '9'"),
-        (["--rollback"], "ldm: has no former champion"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.promote", *options],
-            cwd=retrained,
-            env=environment(retrained),
-            capture_output=True,
-            text=True,
-        )
-        assert answer in done.stdout + done.stderr
-
-
 def test_the_page_is_there(retrained: Path) -> None:
     page = (retrained / "artifacts/report/index.html").read_text()
     assert "data:image/" in page and "http://" not in page.split("<body", 1)[0]
 
 
-@pytest.fixture
-def server(retrained: Path, tmp_path: Path) -> Iterator[str]:
-    """A real Prefect server on loopback."""
+PREFECT = str(BIN / "prefect")
+WORKER = [PREFECT, "worker", "start", "--pool", "ldm", "--run-once"]
+
+
+@pytest.fixture(scope="module")
+def server(retrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server on loopback, with a work pool."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
     process = subprocess.Popen(
-        [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env={**environment(retrained), "PREFECT_HOME": str(tmp_path / "server")},
+        [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        env={**environment(retrained), "PREFECT_HOME": str(tmp_path_factory.mktemp("server"))},
         cwd=retrained,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -220,29 +233,48 @@ def server(retrained: Path, tmp_path: Path) -> Iterator[str]:
                 break
             except OSError:
                 assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.3)
+                time.sleep(0.1)
+        create = [PREFECT, "work-pool", "create", "ldm", "--type", "process"]
+        call(retrained, *create, PREFECT_API_URL=url)
         yield url
     finally:
         process.terminate()
         process.wait(20)
 
 
+def test_a_flow_takes_options(retrained: Path, server: str) -> None:
+    options = {
+        "ldm: has no version '9'": ["--version", "9"],
+        "ldm: has no former champion": ["--rollback"],
+    }
+    started = {
+        answer: subprocess.Popen(
+            [sys.executable, "-m", "flows.promote", *asked],
+            cwd=retrained,
+            env={**environment(retrained), "PREFECT_API_URL": server},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for answer, asked in options.items()
+    }
+    for answer, process in started.items():
+        assert answer in process.communicate(timeout=400)[0]
+
+
 def test_a_server_accepts_and_runs_the_deployments(retrained: Path, server: str) -> None:
-    prefect = str(BIN / "prefect")
     api = {"PREFECT_API_URL": server}
-    call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
-    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api, LDM_ROOT=str(retrained))
-    for name, parameters in (
-        ("retrain/nightly", []),
-        ("promote/promote", []),
-        ("generate/generate", ["--param", "prompts=data/prompts.jsonl"]),
-    ):
-        call(retrained, prefect, "deployment", "run", name, *parameters, **api)
-    worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
-    call(retrained, *worker, **api)
+    before = {run["id"] for run in asked_of(server, "flow_runs")}
+    call(retrained, PREFECT, "--no-prompt", "deploy", "--all", **api, LDM_ROOT=str(retrained))
+    run = [PREFECT, "deployment", "run"]
+    prompts = ["--param", "prompts=data/prompts.jsonl"]
+    asked = ["retrain/nightly"], ["promote/promote"], ["generate/generate", *prompts]
+    call_all(retrained, *([*run, *one] for one in asked), **api)
+    call(retrained, *WORKER, **api)
     runs = [run for run in asked_of(server, "flow_runs") if run["deployment_id"]]
+    new = [run for run in runs if run["id"] not in before]
     # The nightly schedule has put later runs into the calendar.
-    due = {run["name"]: run["state_name"] for run in runs if run["state_name"] != "Scheduled"}
+    due = {run["name"]: run["state_name"] for run in new if run["state_name"] != "Scheduled"}
     assert list(due.values()) == ["Completed"] * 3, due
     assert len(list((retrained / "generated").glob("*/*.png"))) == 12
     (page,) = (one for one in asked_of(server, "artifacts") if one["key"] == "retraining")
@@ -259,13 +291,11 @@ def asked_of(server: str, kind: str) -> list[dict[str, Any]]:
 
 def test_a_worker_runs_in_its_own_checkout(retrained: Path, server: str, tmp_path: Path) -> None:
     """Deployed by another one, without ``LDM_ROOT``."""
-    prefect, api = str(BIN / "prefect"), {"PREFECT_API_URL": server}
+    api = {"PREFECT_API_URL": server}
     other = shutil.copytree(retrained, tmp_path / "other")
     (other / "prompts.txt").write_text("a red circle\n")
-    call(retrained, prefect, "work-pool", "create", "ldm", "--type", "process", **api)
-    call(retrained, prefect, "--no-prompt", "deploy", "--all", **api)
+    call(retrained, PREFECT, "--no-prompt", "deploy", "--all", **api)
     asked = ["--param", "prompts=prompts.txt", "--param", "out=drawn"]
-    call(retrained, prefect, "deployment", "run", "generate/generate", *asked, **api)
-    worker = [prefect, "worker", "start", "--pool", "ldm", "--run-once"]
-    call(other, *worker, **api, LDM_ROOT=str(other))
+    call(retrained, PREFECT, "deployment", "run", "generate/generate", *asked, **api)
+    call(other, *WORKER, **api, LDM_ROOT=str(other))
     assert [path.name for path in (other / "drawn").glob("*.png")] == ["00000.png"]

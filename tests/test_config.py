@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ldm.cli import COMMANDS
+from ldm.cli import COMMANDS, main
 from ldm.config import Params
 from ldm.errors import UserError
 from ldm.options import parser
@@ -109,31 +110,61 @@ def test_a_missing_file_names_the_presets() -> None:
         load_params("nowhere.yaml", [])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["ingest", "--data", "nowhere"], "nowhere"),
-        (["encode", "--images", "nowhere"], "nowhere: no such directory; run `ldm ingest`"),
-        (["train", "--set", "train.accelerate=none.yaml"], "none.yaml: no such accelerate"),
-        (["encode", "--images", "tests"], "tests: has no manifest.json"),
-        (["evaluate", "--data", "nowhere"], "nowhere/prompts.jsonl: no such file; write one JSON"),
-        (["register", "--images", "no://a/b", "--set", "registry.modl=a"], "registry.modl: unk"),
-        (["generate", "--model", "tiny", "--prompt", ""], "prompt 1: has no prompt"),
-        (["generate", "--model", "tiny"], "no prompts: give --prompt"),
-        (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
-        (["generate", "--model", "tiny", "--prompt", "a", "--steps", "0"], "steps"),
-        (["generate", "--prompt", "a", *SHOP], "models:/shop@champion: nowhere.db does not exist"),
-        (["encode", "--params", "broken.yaml"], "broken.yaml: no such params file"),
-    ],
-)
-def test_bad_input_is_one_line_and_a_failure(arguments: list[str], words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ldm.cli", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+ONE_OF_EACH = [
+    (["ingest", "--data", "nowhere"], "nowhere"),
+    (["encode", "--images", "nowhere"], "nowhere: no such directory; run `ldm ingest`"),
+    (["train", "--set", "train.accelerate=none.yaml"], "none.yaml: no such accelerate"),
+    (["evaluate", "--data", "nowhere"], "nowhere/prompts.jsonl: no such file; write one JSON"),
+    (["register", "--images", "no://a/b", "--set", "registry.modl=a"], "registry.modl: unk"),
+    (["generate", "--prompt", "a", *SHOP], "models:/shop@champion: nowhere.db does not exist"),
+    (["generate", "--model", "tiny", "--prompt", ""], "prompt 1: has no prompt"),
+]
+"""In a process of its own, where what a command imports and loads may say something too."""
+
+
+@pytest.fixture(scope="module")
+def ended() -> list[subprocess.CompletedProcess[str]]:
+    """They take seconds to start, so two at a time."""
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ldm.cli", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, (arguments for arguments, _ in ONE_OF_EACH)))
+
+
+@pytest.mark.parametrize("number", range(len(ONE_OF_EACH)), ids=[one[0][0] for one in ONE_OF_EACH])
+def test_bad_input_is_one_line_and_a_failure(
+    ended: list[subprocess.CompletedProcess[str]], number: int
+) -> None:
+    (arguments, words), done = ONE_OF_EACH[number], ended[number]
     assert done.returncode not in (0, 2)
     message = done.stderr.strip()
     assert message.startswith(f"ldm {arguments[0]}: ") and words in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["encode", "--images", "tests"], "tests: has no manifest.json"),
+        (["generate", "--model", "tiny"], "no prompts: give --prompt"),
+        (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
+        (["generate", "--model", "tiny", "--prompt", "a", "--steps", "0"], "steps"),
+        (["encode", "--params", "broken.yaml"], "broken.yaml: no such params file"),
+    ],
+)
+def test_whatever_the_input_it_is_one_line(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "as it was before")  # A command sets its own.
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    message = ended.value.code  # A text is said on stderr, and the exit code is 1.
+    assert isinstance(message, str) and "\n" not in message
+    assert message.startswith(f"ldm {arguments[0]}: ") and words in message
 
 
 def test_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,8 +367,7 @@ def launch(
         command += ["--set", f"registry.experiment={experiment}"]
     for key, value in {**settings(pipeline, steps), **others}.items():
         command += ["--set", f"first_stage.{key}={json.dumps(value)}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=PIPE)
+    return Popen(command, cwd=ROOT, start_new_session=True, stderr=PIPE)
 
 
 def steps_done(folder: Path) -> int:

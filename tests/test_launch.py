@@ -147,6 +147,31 @@ def test_processes_are_told_to_use_the_cpu(
     assert found == ["True"]
 
 
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize(
+    ("said", "name", "threads"),
+    [
+        ("3", "cpu", 3),
+        ("3", "cpu-ddp", 3),
+        (None, "cpu", 8),
+        (None, "cpu-ddp", 4),
+        ("4,2", "cpu", 8),
+    ],
+)
+def test_threads_are_as_many_as_the_environment_says_or_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None, name: str, threads: int
+) -> None:
+    """Of a busy machine a training wants fewer: one thread too many and all wait for it."""
+    found: list[str] = []
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ |= {} if said is None else {"OMP_NUM_THREADS": said}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(ldm.launch, "_launched", lambda *arguments: found.extend(arguments))
+    params = Params(train=Train(track=False, accelerate=str(OWN / f"{name}.yaml")))
+    launch_training(params, tmp_path, tmp_path, tmp_path)
+    assert found[found.index("--num_cpu_threads_per_process") + 1] == str(threads)
+
+
 def test_a_stop_may_take_as_long_as_a_training_is_patient(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

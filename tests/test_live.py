@@ -102,17 +102,27 @@ def test_figures_sheets_and_the_end(
 
 
 @pytest.mark.parametrize(
-    ("way", "code", "workers"),
+    ("way", "code", "workers", "anew"),
     [
-        (kill_trainer, 137, 0),
-        (kill_trainer, 137, 2),
-        pytest.param(terminate, 143, 0, marks=pytest.mark.kills),
+        (kill_trainer, 137, 0, False),
+        (kill_trainer, 137, 2, True),
+        pytest.param(terminate, 143, 0, True, marks=pytest.mark.kills),
     ],
 )
 def test_a_stopped_run_is_seen_as_such_and_goes_on(
-    pipeline: Path, latents: Path, tmp_path: Path, store: str, way: object, code: int, workers: int
+    pipeline: Path,
+    latents: Path,
+    tmp_path: Path,
+    store: str,
+    way: object,
+    code: int,
+    workers: int,
+    anew: bool,
 ) -> None:
-    """Workers of a trainer that was killed live on for seconds."""
+    """By the command ``anew``, or in this process, which has no start to wait for.
+
+    Workers of a trainer that was killed live on for seconds.
+    """
     settings = {**LONG, "experiment": tmp_path.name, "workers": workers}
     process = launch(pipeline, latents, tmp_path, **settings)
     wait_for(partial(has_done, tmp_path, 4), process)
@@ -121,7 +131,11 @@ def test_a_stopped_run_is_seen_as_such_and_goes_on(
     assert process.wait() == code
     (stopped,) = shown(store, tmp_path)
     assert stopped.info.status == "KILLED"
-    assert launch(pipeline, latents, tmp_path, **settings).wait() == 0
+    if anew:
+        assert launch(pipeline, latents, tmp_path, **settings).wait() == 0
+    else:
+        registry = Registry(tracking_uri=store, experiment=tmp_path.name)
+        run_here(pipeline, latents, tmp_path, registry, **LONG, checkpoint_every=10)
     (finished,) = shown(store, tmp_path)
     assert finished.info.run_id == stopped.info.run_id and finished.info.status == "FINISHED"
 

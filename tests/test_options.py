@@ -208,7 +208,7 @@ def test_a_compiled_training_is_the_same_but_for_rounding(
     logs, checkpoints = [], []
     for compiled in (False, True):
         settings = {**smallest, "compile": compiled, "steps": 4, "log_every": 1}
-        settings |= {"validate_every": 2, "sample_every": 2}
+        settings |= {"validate_every": 2, "sample_every": 2, "sample_prompts": ["a red circle"]}
         model = run_here(pipeline, latents, tmp_path / str(compiled), **settings)
         steps = [line for line in read_log(model) if "loss" in line]
         logs.append([(line["loss"], line["gradient_norm"]) for line in steps])

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import ItemsView
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -134,31 +136,43 @@ def test_help_starts_nothing(name: str, tmp_path: Path) -> None:
     assert done.stdout.startswith("usage:")
 
 
-@pytest.mark.parametrize(("told", "seed"), [({}, 7), ({"seed": 0}, 0)])
+TOLD = {"steps": 1, "guidance": 3.0, "sampler": "euler", "height": 32, "width": 96}
+MORE = {"num_images": 2, "negative": "blue", "fast": True, "rows_per_shard": 5}
+JOBS: dict[str, dict[str, Any]] = {"nothing": {}, "a seed": {"seed": 0}, "much": {**TOLD, **MORE}}
+"""What a job is told, by the name of its folder."""
+
+
+@pytest.fixture(scope="module")
+def jobs(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Where the jobs are done, and what each says; they start for seconds, so all at a time."""
+    root = tmp_path_factory.mktemp("jobs")
+    write_json(root / "params.yaml", {"generate": {"seed": 7, "steps": 2}})
+    (root / "prompts.txt").write_text("a red circle\n")
+
+    def job(name: str) -> str:
+        return generate.fn("prompts.txt", name, str(pipeline), **JOBS[name], root=root)
+
+    with disable_run_logger(), ThreadPoolExecutor() as pool:
+        return root, dict(zip(JOBS, pool.map(job, JOBS), strict=True))
+
+
+@pytest.mark.parametrize(("name", "seed"), [("nothing", 7), ("a seed", 0)])
 def test_what_generate_is_not_told_params_yaml_says(
-    pipeline: Path, tmp_path: Path, told: dict[str, int], seed: int
+    jobs: tuple[Path, dict[str, str]], name: str, seed: int
 ) -> None:
-    write_json(tmp_path / "params.yaml", {"generate": {"seed": 7, "steps": 1}})
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    with disable_run_logger():
-        said = generate.fn("prompts.txt", "out", str(pipeline), **told, root=tmp_path)
-    assert said == "generate: 1 pictures -> out"
-    assert json.loads((tmp_path / "out" / "job.json").read_text())["seed"] == seed
+    root, said = jobs
+    assert said[name] == f"generate: 1 pictures -> {name}"
+    assert json.loads((root / name / "job.json").read_text())["seed"] == seed
 
 
-def test_what_generate_is_told_reaches_the_job(pipeline: Path, tmp_path: Path) -> None:
-    write_json(tmp_path / "params.yaml", {"generate": {"steps": 2}})
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    told = {"steps": 1, "guidance": 3.0, "sampler": "euler", "height": 32, "width": 96}
-    more = {"num_images": 2, "negative": "blue", "fast": True, "rows_per_shard": 5}
-    with disable_run_logger():
-        said = generate.fn("prompts.txt", "out", str(pipeline), **told, **more, root=tmp_path)
-    assert said == "generate: 2 pictures -> out"
-    made = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").open()]
+def test_what_generate_is_told_reaches_the_job(jobs: tuple[Path, dict[str, str]]) -> None:
+    root, said = jobs
+    assert said["much"] == "generate: 2 pictures -> much"
+    made = [json.loads(line) for line in (root / "much" / "images.jsonl").open()]
     for one in made:
-        assert told.items() <= one.items() and one["negative"] == "blue"
+        assert TOLD.items() <= one.items() and one["negative"] == "blue"
         assert one["guided_to"] < 1
-    assert list((tmp_path / "out").glob("*.tar"))
+    assert list((root / "much").glob("*.tar"))
 
 
 def test_how_many_runs_to_keep_is_checked_before_anything_is_run(tmp_path: Path) -> None:

@@ -535,9 +535,11 @@ def test_training_from_a_bucket(
 ) -> None:
     with publishing("s3://bucket/latents", "latents", tmp_path / "writer") as out:
         shutil.copytree(latents, out)
-    models = []
-    for name, location in (("there", "s3://bucket/latents"), ("here", str(latents))):
-        process = launch(pipeline, location, tmp_path / name, steps=12, checkpoint_every=12)
-        assert process.wait(timeout=300) == 0
-        models.append(contents(tmp_path / name / "model"))
-    assert models[0] == models[1]
+    locations = {"there": "s3://bucket/latents", "here": str(latents)}
+    started = [
+        launch(pipeline, location, tmp_path / name, steps=12, checkpoint_every=12)
+        for name, location in locations.items()
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    there, here = (contents(tmp_path / name / "model") for name in locations)
+    assert there == here

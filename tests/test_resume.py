@@ -36,7 +36,8 @@ from ldm.train.trainer import Trainer
 from tests.disk import room_for
 from tests.test_train import read_log, run_here, weights
 
-EVERY = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3, "sample_every": 3}
+EVERY: dict[str, Any] = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3}
+EVERY |= {"sample_every": 3, "sample_prompts": ["a red circle"]}
 UNSEEN = {**EVERY, "sample_every": None}
 """Sheets take most of the time."""
 

@@ -246,7 +246,11 @@ def test_any_number_of_processes_write_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_launched_alone_does_all(pipeline: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_launched_alone_does_all(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several threads, to the bytes of one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     project = Project(tmp_path, pipeline)
     write_images(project.images, in_shards(numbered(4), 2))
     code, said, complained = finish(project.launch(accelerate="infra/accelerate/cpu.yaml"))
