@@ -121,13 +121,24 @@ def test_weights_are_turned_around_once() -> None:
     assert given[layer.weight.shape].is_contiguous()
 
 
-def test_a_norm_is_exact_far_from_zero() -> None:
-    """Where the mean is a thousand times the spread."""
+@pytest.mark.parametrize(
+    ("dtype", "mean", "spread", "allowed"),
+    [
+        (torch.float32, 1000, 1, 2e-3),
+        (torch.bfloat16, 100, 100, 1e-2),
+        (torch.float16, 100, 1000, 2e-3),
+    ],
+)
+def test_a_norm_is_exact(dtype: torch.dtype, mean: float, spread: float, allowed: float) -> None:
+    """Of features in any precision, far from zero or far apart, whose squares float16 lacks."""
     layer = randomized(GroupNorm(4, 16))
-    features = (1000 + torch.randn(FEATURES)).double()
-    exact = both_ways(layer.double(), layer, features)
-    fast = both_ways(compiled(layer.float()), layer, features.float())
-    torch.testing.assert_close(fast["output"], exact["output"].float(), rtol=1e-3, atol=1e-3)
+    features = (mean + spread * torch.randn(FEATURES)).to(dtype)
+    fast = both_ways(compiled(layer), layer, features)
+    exact = both_ways(layer.double(), layer, features.double())
+    assert fast["features"].dtype == dtype and fast["output"].dtype == torch.float32
+    for part, value in exact.items():
+        error = (fast[part].double() - value).norm() / value.norm()
+        assert float(error) < allowed, part
 
 
 def test_both_halves_are_gated() -> None:

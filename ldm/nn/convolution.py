@@ -13,8 +13,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Channels last where the features are."""
-        last = features.is_contiguous(memory_format=torch.channels_last)
-        if not last or not torch.compiler.is_compiling():
+        last, turned = (
+            one.is_contiguous(memory_format=torch.channels_last) for one in (features, self.weight)
+        )
+        if not last or turned or not torch.compiler.is_compiling():
             return super().forward(features)
         weight = _ChannelsLast.apply(self.weight)  # type: ignore[no-untyped-call]
         return self._conv_forward(features, weight, self.bias)

@@ -61,9 +61,8 @@ class _Normalized(torch.autograd.Function):
         def to_channels(values: torch.Tensor) -> torch.Tensor:
             return values.expand(n, groups, c // groups).flatten(1)[:, :, None, None]
 
-        x, incoming = features.float(), gradient.float()
-        sums = by_group(incoming.sum((2, 3)))
-        products = by_group((incoming * x).sum((2, 3)))
+        sums = by_group(gradient.sum((2, 3)))
+        products = by_group((gradient * features).sum((2, 3)))
         m, r = mean[..., 0, 0], inverse[..., 0, 0]
         for_weight = (products - sums * m) * r
         scale, count = by_group(weight), h * w * (c // groups)
@@ -71,14 +70,9 @@ class _Normalized(torch.autograd.Function):
         mean_gy = (for_weight * scale).sum(2, keepdim=True) / count
         slope = -r * r * mean_gy
         for_features = (
-            incoming * to_channels(r * scale)
-            + x * to_channels(slope)
+            gradient * to_channels(r * scale)
+            + features * to_channels(slope)
             - to_channels(slope * m + r * mean_g)
         )
-        return (
-            for_features.to(features.dtype),
-            for_weight.flatten(1).sum(0),
-            sums.flatten(1).sum(0),
-            None,
-            None,
-        )
+        for_bias = sums.flatten(1).sum(0)
+        return for_features, for_weight.flatten(1).sum(0), for_bias, None, None
