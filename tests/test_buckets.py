@@ -320,11 +320,12 @@ def test_each_shape_is_compiled_by_itself(
     compiled = torch.nn.Module.compile
     graphs_alone = partial(compiled, backend="eager")  # No C++, which takes minutes.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(graphs_alone))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     smallest = {"init": "random", "unet": {"widths": [8], "head_width": 8, "norm_groups": 4}}
-    run_here(pipeline, latents, tmp_path, **smallest, compile=True, sample_every=None, seed=3)
+    # monkeypatch would take the limit away from who compiles later.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run_here(pipeline, latents, tmp_path, **smallest, compile=True, sample_every=None, seed=3)
     made = batches(latents, 4)
     shapes = {made[step].latents.shape for step in range(SHORT["steps"])}
     assert len(shapes) > 2

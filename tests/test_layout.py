@@ -151,7 +151,7 @@ def test_a_first_stage_is_named_by_the_code_that_decides_it() -> None:
     parts = ("vae", "tokenizer", "clip", "layout")
     found = deciding(*(f"ldm.first_stage.{part}" for part in parts))
     others = {path for path in found if not path.startswith("first_stage")}
-    come_with_the_package = {"nn/config", "nn/layers", "nn/unet"}
+    come_with_the_package = {"nn/config", "nn/convolution", "nn/layers", "nn/norm", "nn/unet"}
     assert others - come_with_the_package == set(DECIDING)
 
 
