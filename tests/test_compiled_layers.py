@@ -78,8 +78,10 @@ def test_it_computes_the_same_and_keeps_the_order(name: str) -> None:
     assert all(gradient.is_contiguous() for gradient in fast.values())
 
 
-def graphs_of(layer: nn.Module, features: torch.Tensor, *others: object) -> list[torch.fx.Graph]:
-    """What a compiler is given, there and back."""
+def graphs_of(
+    layer: nn.Module, features: torch.Tensor, *others: object
+) -> tuple[torch.fx.Graph, torch.fx.Graph]:
+    """What a compiler is given, forward and backward."""
     graphs = []
 
     def keep(module: torch.fx.GraphModule, _: object) -> object:
@@ -89,7 +91,7 @@ def graphs_of(layer: nn.Module, features: torch.Tensor, *others: object) -> list
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     both_ways(torch.compile(layer, backend=backend, dynamic=False), layer, features, *others)
     there, back = graphs
-    return [there, back]
+    return there, back
 
 
 def calls(graph: torch.fx.Graph, name: str) -> list[torch.fx.Node]:

@@ -118,6 +118,7 @@ ONE_OF_EACH = [
     (["register", "--images", "no://a/b", "--set", "registry.modl=a"], "registry.modl: unk"),
     (["generate", "--prompt", "a", *SHOP], "models:/shop@champion: nowhere.db does not exist"),
     (["generate", "--model", "tiny", "--prompt", ""], "prompt 1: has no prompt"),
+    (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
 ]
 """In a process of its own, where what a command imports and loads may say something too."""
 
@@ -150,13 +151,15 @@ def test_bad_input_is_one_line_and_a_failure(
     [
         (["encode", "--images", "tests"], "tests: has no manifest.json"),
         (["generate", "--model", "tiny"], "no prompts: give --prompt"),
-        (["generate", "--model", "tiny", "--prompt", "a", "--height", "60"], "height 60"),
         (["generate", "--model", "tiny", "--prompt", "a", "--steps", "0"], "steps"),
         (["encode", "--params", "broken.yaml"], "broken.yaml: no such params file"),
     ],
 )
 def test_whatever_the_input_it_is_one_line(
-    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "as it was before")  # A command sets its own.
@@ -165,6 +168,7 @@ def test_whatever_the_input_it_is_one_line(
     message = ended.value.code  # A text is said on stderr, and the exit code is 1.
     assert isinstance(message, str) and "\n" not in message
     assert message.startswith(f"ldm {arguments[0]}: ") and words in message
+    assert capfd.readouterr().err == ""
 
 
 def test_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
