@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, full_disk_told
+from ldm.importing import quick_imports
 from ldm.options import parser
 from ldm.quiet import quieten
 
@@ -97,9 +98,10 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from ldm.launch import launch_training
-    from ldm.remote.artifacts import reading
-    from ldm.train.stale import expect_current
+    with quick_imports():
+        from ldm.launch import launch_training
+        from ldm.remote.artifacts import reading
+        from ldm.train.stale import expect_current
 
     params, how = _params(options), _resuming(options)
     pictures = options.images
@@ -181,10 +183,11 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from ldm.config.drawing import FAST
-    from ldm.generate.prompts import Wish
-    from ldm.generate.stage import Job, generate
-    from ldm.params import with_changes
+    with quick_imports():
+        from ldm.config.drawing import FAST
+        from ldm.generate.prompts import Wish
+        from ldm.generate.stage import Job, generate
+        from ldm.params import with_changes
 
     params = _params(options)
     if options.prompts and options.prompt:

@@ -37,7 +37,7 @@ def launch_training(
     resume: Path | None = None,
     changed: bool = False,
 ) -> None:
-    """Run :mod:`ldm.train.stage` under ``accelerate launch``; see :func:`_launch`.
+    """Run :mod:`ldm.train` under ``accelerate launch``; see :func:`_launch`.
 
     The versions behind aliases are fixed here, and that of ``train.init`` kept with the model. Its
     sheets are drawn as evaluation draws.
@@ -69,7 +69,7 @@ def launch_training(
 
 
 def launch_encoding(params: Params, images: Path, out: Path, runs: Path) -> None:
-    """Run :mod:`ldm.encode.stage` under ``accelerate launch``; see :func:`_launch`.
+    """Run :mod:`ldm.encode` under ``accelerate launch``; see :func:`_launch`.
 
     The version behind an alias in ``pretrained.pipeline`` is fixed here, for all processes.
     """
@@ -115,7 +115,7 @@ def _gpus_for(settings: Accelerate) -> int:
 
 
 def _launch(stage: str, named: str, request: Section) -> None:
-    """Run ``python -m ldm.STAGE.stage`` in as many processes as the accelerate configuration says.
+    """Run ``python -m ldm.STAGE`` in as many processes as the accelerate configuration says.
 
     The request is JSON in their environment. Raises :class:`SystemExit` with the exit code of the
     process that failed first. It has said why, or is said to have been killed. SIGTERM and Ctrl-C
@@ -129,7 +129,7 @@ def _launch(stage: str, named: str, request: Section) -> None:
     if settings.num_machines == 1 and settings.main_process_port is None:
         arguments += ["--main_process_port", "0"]  # Any that is free.
     try:
-        code = _launched(*arguments, "-m", f"ldm.{stage}.stage")
+        code = _launched(*arguments, "-m", f"ldm.{stage}")
     except ValueError as error:
         raise UserError(f"{file}: accelerate refuses it ({str(error).splitlines()[0]})") from error
     if code == -signal.SIGKILL:

@@ -76,7 +76,7 @@ def test_ingest_names_all_its_parts() -> None:
 
 
 def test_the_command_line_is_light() -> None:
-    for name in ("cli", "options", "__init__", "quiet"):
+    for name in ("cli", "options", "__init__", "quiet", "importing"):
         path = ROOT / "ldm" / f"{name}.py"
         assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
     code = "import sys, ldm.cli; print(*sys.modules)"

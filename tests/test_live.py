@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import mlflow
@@ -279,6 +279,21 @@ def test_a_run_that_was_taken_for_dead_and_lives_says_so(
         live.tag(ALIVE, 0)
         mlflow.MlflowClient(store).set_terminated(live.run.info.run_id, "KILLED")
         eventually(lambda: live.status == "RUNNING" and live.run.data.tags[ALIVE] != "0")
+
+
+def test_a_training_has_a_head_start_of_mlflow_until_its_first_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, began = Registry(experiment=tmp_path.name), Event()
+    monkeypatch.setattr(Live, "_show", lambda _: began.set())
+    with Live(registry, tmp_path, {"batch_size": 8}) as live:
+        assert not began.wait(0.5)
+        live.write({"step": 1, "loss": 1.0})
+        assert began.wait(1)
+    began.clear()
+    monkeypatch.setattr(ldm.tracking.live, "HEAD_START_S", 0.1)
+    with Live(registry, tmp_path, {"batch_size": 8}):  # Its first step may take minutes.
+        assert began.wait(1)
 
 
 def eventually(found: Callable[[], object]) -> None:

@@ -214,7 +214,7 @@ def write_shards(
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.encode.stage``."""
+    """What a process of the stage does; it was started by :mod:`ldm.launch`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher gets it too, and ends us.
     serve("encode", EncodeRequest, _asked)
 
@@ -222,7 +222,3 @@ def main() -> None:
 def _asked(asked: EncodeRequest) -> None:
     paths = asked.images, asked.out, asked.runs
     encode(asked.encode, asked.pretrained, *paths, Sharing.launched())
-
-
-if __name__ == "__main__":
-    main()

@@ -22,6 +22,9 @@ from ldm.tracking.liveness import RUN_TOKEN, life_tags, note_dead
 
 BEAT_S = 60
 """How often a run says that it lives."""
+HEAD_START_S = 3
+"""How long a training is left alone: importing MLflow beside it made its first step take five times
+as long."""
 AGAIN_S = 30
 """How long after a failure it is tried again."""
 Task = Callable[[runs.Run], None]
@@ -112,6 +115,7 @@ class Live:
     def _work(self) -> None:
         """The thread: what is queued, in order, until the end; after a failure once more."""
         told = False
+        self._news.wait(HEAD_START_S)
         while not self._given_up:
             try:
                 self._show()

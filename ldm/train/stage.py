@@ -196,7 +196,7 @@ def _alone(accelerator: Accelerator, run: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry of ``accelerate launch -m ldm.train.stage``."""
+    """What a process of the stage does; it was started by :mod:`ldm.launch`."""
     serve("train", TrainRequest, _asked)
 
 
@@ -208,7 +208,3 @@ def _asked(asked: TrainRequest) -> None:
         registry=asked.registry,
         sampling=asked.sampling,
     )
-
-
-if __name__ == "__main__":
-    main()
