@@ -6,7 +6,7 @@ from importlib import import_module
 from ldm.quiet import quieten
 
 NAMES = ("trainer", "network", "generation", "data")
-ELSE = ("launched", "sd", "seeds")
+ELSE = ("start", "launched", "sd", "seeds")
 
 quieten()
 for name in [one for one in sys.argv[1:] if one != "--small"] or NAMES:

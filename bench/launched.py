@@ -1,8 +1,8 @@
 """``ldm train`` as a user starts it, over the bare loop: processes of their own, in turns.
 
 With its launcher, log, loader and MLflow, at ``tiny``; timed from outside, by its log, between two
-of its steps, without the validation and checkpoints that come before and after. Needs
-``artifacts/latents`` (``make demo`` makes it).
+of its steps, without the validation and checkpoints that come before and after. How long it takes
+to its first step :mod:`bench.start` says. Needs ``artifacts/latents`` (``make demo`` makes it).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 
 from bench.compare import in_turns
 from bench.trainer import BATCH, DEVICE, LATENTS, STEPS, repeated
@@ -32,15 +31,12 @@ FIRST, LAST = 40, 180
 
 
 def main() -> None:
-    """Print both speeds by round, their ratios, and the seconds to the first step."""
+    """Print both speeds by round, and their ratios."""
     if "--bare" in sys.argv:
         print(bare_speed())
         return
     title = f"training, tiny, batch {BATCH}, as it is started: samples a second"
     in_turns(title, ("bare loop", bare_in_its_process), ("ldm train", launched_speed), ROUNDS)
-    for track in ("false", "true"):
-        seconds = median(seconds_to_first_step(track) for _ in range(3))
-        print(f"from the command to the first step, train.track {track}: {seconds:.1f} s")
 
 
 def bare_in_its_process() -> float:
@@ -70,13 +66,6 @@ def launched_speed() -> float:
     with training() as comes:
         begin = comes(FIRST)
         return (LAST - FIRST) * BATCH / (comes(LAST) - begin)
-
-
-def seconds_to_first_step(track: str) -> float:
-    """From the command to the first line of its log."""
-    begin = time.perf_counter()
-    with training("log_every=1", f"track={track}") as comes:
-        return comes(1) - begin
 
 
 @contextmanager

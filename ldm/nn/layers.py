@@ -88,10 +88,14 @@ class Upsample(nn.Module):
 
     def forward(self, features: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """(n, c, h, w) to (n, c, *size)."""
-        doubled = tuple(size) == tuple(2 * side for side in features.shape[2:])
-        if doubled and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and size == _doubled(features):
             return self.conv(_twice(features))
         return self.conv(F.interpolate(features, size=size, mode="nearest"))
+
+
+def _doubled(features: torch.Tensor) -> torch.Size:
+    h, w = features.shape[2:]
+    return torch.Size((2 * h, 2 * w))
 
 
 def _twice(features: torch.Tensor) -> torch.Tensor:

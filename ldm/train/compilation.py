@@ -20,5 +20,5 @@ def compile_steps(unet: Network, device: torch.device, shapes: int) -> None:
     """Compile it in place, so weights keep their names, for each of so many shapes by itself."""
     # Of more it would run some uncompiled.
     torch._dynamo.config.recompile_limit = max(8, shapes + 1)
-    orders = isinstance(unet, UNet) or device.type == "cpu"
-    unet.compile(dynamic=False, options={} if orders else CHANNELS_LAST)
+    forced = device.type != "cpu" and not isinstance(unet, UNet)
+    unet.compile(dynamic=False, options=CHANNELS_LAST if forced else {})
