@@ -148,8 +148,17 @@ def test_validation_repeats_itself(latents: Path) -> None:
     assert all(len(batch.timesteps) == count for batch, count in first)
     for (one, _), (other, _) in zip(first, second, strict=True):
         assert torch.equal(one.noise, other.noise) and torch.equal(one.timesteps, other.timesteps)
-    bands = torch.cat([batch.timesteps for batch, _ in first]).mul(8).floor_divide(1000)
-    assert (bands.bincount(minlength=8) - len(cache) / 2).abs().max() <= 1.5
+
+
+def test_validation_shows_each_sample_in_each_quarter_of_the_timesteps(latents: Path) -> None:
+    """Else the losses of the quarters would be of different pictures."""
+    cache = LatentCache(latents, "validation")
+    batches = validation_batches(cache, seed=0, batch_size=4 * len(cache), timesteps=1000)
+    shown = torch.cat([batch.timesteps for batch, _ in batches]).view(4, len(cache))
+    assert torch.equal(shown // 250, torch.arange(4)[:, None].expand_as(shown))
+    within = (shown % 250).mul(8).floor_divide(250)
+    for own in within:  # Evenly there, too.
+        assert (own.bincount(minlength=8) - len(cache) / 8).abs().max() <= 1.5
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])

@@ -30,7 +30,12 @@ SHEETS = {"sample_every": 35, "sample_prompts": ["a red circle"]}
 CASES: dict[str, dict[str, Any]] = {
     "one process": {"workers": 1, "accumulation": 2},
     "text encoder too": {"text_learning_rate": 1e-4},
-    "two processes": {"accelerate": "infra/accelerate/cpu-ddp.yaml", "accumulation": 2, **SHEETS},
+    "two processes": {
+        "accelerate": "infra/accelerate/cpu-ddp.yaml",
+        "accumulation": 2,
+        "workers": 1,
+        **SHEETS,
+    },
     "weights in parts": {"accelerate": "infra/accelerate/cpu-fsdp.yaml", **SHEETS},
 }
 
@@ -88,6 +93,8 @@ CODES: dict[Callable[[Popen[bytes]], None], int] = {
 }
 """What a shell sees ``ldm train`` end with, by way of killing it."""
 WAYS = (kill_ldm, *2 * (kill_all, kill_trainer, terminate, stop_and_kill))
+PATIENCE_S = 30
+"""How long one who asked it to stop waits for it."""
 PAUSED = len(WAYS) // 2
 """Which launch has a trainer that stands still for a while, and goes on, before it is killed."""
 
@@ -126,7 +133,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
         time.sleep(rng.uniform(0, 0.1))
         before = saved(tmp_path)
         way(process)
-        code = process.wait()
+        code = process.wait(PATIENCE_S)
         assert (code if code >= 0 else 128 - code) == CODES[way]
         if way in (kill_all, kill_trainer, stop_and_kill):
             # Nobody is left to save more than what was being saved.
@@ -201,7 +208,7 @@ def test_another_number_of_processes_goes_on_alike(
     process = launch(pipeline, latents, tmp_path / "both", **together)
     wait_for(partial(has_done, tmp_path / "both", 10), process)
     terminate(process)
-    assert process.wait() == 143
+    assert process.wait(PATIENCE_S) == 143
     assert launch(pipeline, latents, tmp_path / "both").wait() == 0
     one, both = (losses(tmp_path / name) for name in ("one", "both"))
     assert both == pytest.approx(one, abs=2e-5) and len(one) == 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ldm.request
 import ldm.train.stage
@@ -34,7 +36,7 @@ from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
 from ldm.train.trainer import Trainer
 from tests.disk import room_for
-from tests.test_train import read_log, run_here, weights
+from tests.test_train import endless_at, read_log, run_here, weights
 
 EVERY: dict[str, Any] = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3}
 EVERY |= {"sample_every": 3, "sample_prompts": ["a red circle"]}
@@ -419,6 +421,20 @@ def test_a_scaler_may_search_for_its_scale(
     assert not any("skipped" in line for line in read_log(model))
     start = weights(pipeline)
     assert not all(torch.equal(one, start[name]) for name, one in weights(model).items())
+
+
+def test_a_loss_without_end_is_skipped_under_a_scaler_too(
+    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the gradient is finite, which is all that the scaler looks at."""
+    scaled(monkeypatch, finite_up_to=math.inf)
+    endless_at(monkeypatch, 4)
+    model = run_here(pipeline, latents, tmp_path, log_every=1)
+    (skipped,) = (line for line in read_log(model) if "skipped" in line)
+    assert skipped["step"] == 4 and len(skipped["skipped"]) == 8
+    (newest,) = tmp_path.glob("runs/*/step-00000012")
+    optimizer = load_file(newest / "optimizer.safetensors")
+    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {11}
 
 
 def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:

@@ -325,10 +325,10 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     (accelerate gives a CPU no scaler, and ``ldm train`` refuses fp16 there.)
     """
 
-    def accelerator_for(config: Train, _: torch.device) -> Accelerator:
-        accelerator = Accelerator(
-            cpu=True, mixed_precision="fp16", gradient_accumulation_steps=config.accumulation
-        )
+    made = ldm.train.stage.accelerator_for
+
+    def accelerator_for(config: Train, device: torch.device) -> Accelerator:
+        accelerator = made(config, device)
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
         return accelerator

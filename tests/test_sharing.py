@@ -281,7 +281,7 @@ def workers_of(process: Popen[str]) -> list[psutil.Process]:
     workers = []
     for child in psutil.Process(process.pid).children():
         with suppress(psutil.NoSuchProcess):
-            workers += [child] if "ldm.encode.stage" in child.cmdline() else []
+            workers += [child] if "ldm.encode" in child.cmdline() else []
     return workers
 
 

@@ -176,10 +176,10 @@ class Loop:
         self, log: RunLog, step: int, rate: float, figures: Mapping[str, torch.Tensor]
     ) -> str:
         """Log the figures of a step; some of them for the bar."""
-        rounded = {name: round(value.item(), 6) for name, value in figures.items()}
-        log.write({"part": self.part, "step": step, "lr": rate, **rounded})
-        shown = [f"{name} {value:.3g}" for name, value in rounded.items()][:2]
-        shown += [f"lr {rate:.1e}", f"gradient {rounded['gradient_norm']:.2f}"]
+        values = {name: value.item() for name, value in figures.items()}
+        log.write({"part": self.part, "step": step, "lr": rate, **values})
+        shown = [f"{name} {value:.3g}" for name, value in values.items()][:2]
+        shown += [f"lr {rate:.1e}", f"gradient {values['gradient_norm']:.2f}"]
         return ", ".join(shown)
 
     def _sheet(self, step: int) -> Path:

@@ -193,18 +193,25 @@ def validation_batches(
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
-    """Every sample ``draws`` times at spread timesteps, always the same; none dropped or mirrored.
+    """Every sample ``draws`` times, always the same; none dropped or mirrored.
 
-    A batch is of one shape; draw ``d`` of sample ``s`` is position ``d * len(cache) + s``. Yields
-    this process's share of each batch, and how many samples that has: the shares in the order of
-    ranks are the batch, and more of its last sample where it takes that to make them equal.
+    Each of a sample's timesteps is in another of ``draws`` equal parts of them, where the samples
+    are spread evenly. A batch is of one shape; draw ``d`` of sample ``s`` is position
+    ``d * len(cache) + s``. Yields this process's share of each batch, and how many samples that
+    has: the shares in the order of ranks are the batch, and more of its last sample where it takes
+    that to make them equal.
     """
 
     def batch(positions: Sequence[int]) -> Batch:
         samples = [position % len(cache) for position in positions]
         rngs = [counter_based(seed, VALIDATION, position) for position in positions]
-        shown = [int(spread_share(seed, position) * timesteps) for position in positions]
+        shown = [timestep(position) for position in positions]
         return _batch(*_drawn(cache, samples, rngs), cache.texts(samples), shown)
+
+    def timestep(position: int) -> int:
+        draw, sample = divmod(position, len(cache))
+        low, high = (part * timesteps // draws for part in (draw, draw + 1))
+        return low + int(spread_share(seed, sample) * (high - low))
 
     firsts = len(cache) * np.arange(draws)[:, None]
     for samples in by_shape(cache.shapes):

@@ -185,18 +185,20 @@ class Trainer:
         gradient = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         each_loss, asked = torch.stack(losses), termination.signal is not None
         loss, norm, stopping = self._figures(each_loss, gradient, asked)
-        # A scaler is told of each gradient, and of nothing else.
-        finite = math.isfinite(norm) and (accelerator.scaler is not None or math.isfinite(loss))
+        finite, scaler = math.isfinite(loss + norm), accelerator.scaler
         # A scaler finds its scale by overflowing, and skips such steps itself.
-        if finite or accelerator.scaler is not None:
+        if finite or (scaler is not None and not math.isfinite(norm)):
             self.optimizer.step()
+        elif scaler is not None:
+            scaler.update()  # Else it would take the next gradient for a second one of this step.
         self.optimizer.zero_grad(set_to_none=True)
+        # After a skipped step, too: the average of every few steps may be due.
+        self.ema.update(step + 1)
         if finite:
-            self.ema.update(step + 1)
             skipped.taken()
         else:
             skipped.skipped(step + 1, loss, each_loss, partial(self.batches.keys, step))
-        return round(loss, 6), round(norm, 4), stopping
+        return loss, norm, stopping
 
     def _figures(
         self, losses: torch.Tensor, norm: torch.Tensor, asked: bool

@@ -53,7 +53,7 @@ def validation_loss(
         seen.append([part[:count].cpu() for part in whole])
     losses, shown = map(torch.cat, zip(*seen, strict=True))
     bands = by_band(losses, shown, timesteps)
-    return {"val_loss": round(float(losses.mean()), 6), "val_loss_bands": bands}
+    return {"val_loss": float(losses.mean()), "val_loss_bands": bands}
 
 
 def by_band(losses: torch.Tensor, timesteps: torch.Tensor, of: int) -> list[float | None]:
@@ -63,4 +63,4 @@ def by_band(losses: torch.Tensor, timesteps: torch.Tensor, of: int) -> list[floa
     """
     bands = timesteps * BANDS // of
     found = (losses[bands == number] for number in range(BANDS))
-    return [round(float(own.mean()), 6) if len(own) else None for own in found]
+    return [float(own.mean()) if len(own) else None for own in found]
