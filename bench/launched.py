@@ -18,12 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.compare import in_turns
-from bench.trainer import BATCH, DEVICE, LATENTS, STEPS, repeated
-from ldm.cache import LatentCache
+from bench.trainer import BATCH, DEVICE, LATENTS, STEPS, first_batch, repeated
 from ldm.device import plain_attention
 from ldm.memory import keep_memory
 from ldm.run_log import LOG
-from ldm.train.data import TrainingBatches
 
 ROUNDS = 5
 FIRST, LAST = 40, 180
@@ -49,9 +47,7 @@ def bare_in_its_process() -> float:
 def bare_speed() -> float:
     """Of the step that does what it must, on one batch."""
     keep_memory(DEVICE)
-    cache = LatentCache(LATENTS, "train")
-    settings = {"seed": 0, "batch_size": BATCH, "timesteps": 1000, "caption_dropout": 0.1}
-    batch = TrainingBatches(cache, **settings)[0].to(DEVICE)
+    batch = first_batch()
     steps = repeated(lambda: batch)
     for _ in range(FIRST // STEPS):
         steps()

@@ -1,4 +1,4 @@
-"""The trainer at ``tiny``: its step over the bare one and over one that encodes, and what a
+"""The training at ``tiny``: its loop over the bare one and over one that encodes, and what a
 checkpoint costs. The stage as it is started: :mod:`bench.launched`.
 
 Needs ``artifacts/latents`` (``make demo`` makes it). All loops train the same UNet from the same
@@ -8,15 +8,16 @@ weights in the same precision; the bare one sees one fixed batch and does nothin
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.compare import compare
+from bench.compare import table
+from bench.legs import legs, over
 from bench.loops import bare, encoding
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
@@ -26,17 +27,15 @@ from ldm.memory import keep_memory
 from ldm.models import load_encoders, locate
 from ldm.noise_schedule import load_schedule
 from ldm.pipeline import load_unet
-from ldm.run_log import LOG, RunLog
-from ldm.saver import Saver
-from ldm.termination import Termination
-from ldm.train.data import Batch
+from ldm.tracking.live import Live
+from ldm.train.data import Batch, TrainingBatches
 from ldm.train.objective import Objective
 from ldm.train.settings import accelerator_for, settled_training
-from ldm.train.skipped import SkippedSteps
 from ldm.train.trainer import Trainer
 
 LATENTS = Path("artifacts/latents")
 BATCH, ROUNDS, STEPS, SIDE = 64, 7, 20, 64
+TITLE = f"training, tiny, batch {BATCH}, precision auto: samples a second"
 DEVICE = device_of()
 SOURCE = locate(Pretrained().pipeline)
 
@@ -45,42 +44,42 @@ SOURCE = locate(Pretrained().pipeline)
 def main() -> None:
     """Print samples a second of the loops and their ratios."""
     keep_memory(DEVICE)  # As ``train`` does; the others have it too.
-    title = f"training, tiny, batch {BATCH}, precision auto: samples a second"
-    with tempfile.TemporaryDirectory() as run:
-        trainer = trainer_in(Path(run))
-        ours = ("ldm train", steps_of(trainer, Path(run)))
-        fixed = trainer.batches[0].to(DEVICE)
-        compare(title, ("bare loop", repeated(lambda: fixed)), ours, STEPS * BATCH, ROUNDS)
-        compare(title, ("encoding", repeated(encoding_tiny())), ours, STEPS * BATCH, 3)
-        saving = ("with a checkpoint", saved(trainer, ours[1], Path(run)))
-        compare(title, ("ldm train", ours[1]), saving, STEPS * BATCH, ROUNDS)
-        print(
-            f"a checkpoint in {STEPS} steps; by default there is one in {Train().checkpoint_every}"
-        )
+    samples = STEPS * BATCH
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        batch = first_batch()
+        bare_loop, online = repeated(lambda: batch), repeated(encoding_tiny())
+        over(TITLE, ("bare loop", bare_loop), partial(training, folder / "1"), samples, ROUNDS)
+        over(TITLE, ("encoding", online), partial(training, folder / "2"), samples, 3)
+        saving = partial(training, folder / "3", checkpoint_every=2 * STEPS)
+        speeds = [samples / one for one in legs(saving, lambda: None, 2 * ROUNDS)]
+    # The first leg follows the line of step 20, the second the checkpoint of step 40.
+    table(TITLE, ("ldm train", "with a checkpoint"), zip(speeds[::2], speeds[1::2], strict=True))
+    print(f"a checkpoint in {STEPS} steps; by default there is one in {Train().checkpoint_every}")
 
 
-def trainer_in(run: Path) -> Trainer:
-    """The trainer of ``ldm train`` with its default settings, but for the last step."""
-    config = settled_training(Train(batch_size=BATCH, steps=10**6), DEVICE)
+def training(folder: Path, live: Live, **settings: Any) -> Trainer:
+    """The trainer of ``ldm train`` by default, but for its end, checkpoints and validation."""
+    never = 10**6
+    rare = {"steps": never, "checkpoint_every": never, "validate_every": never, "log_every": STEPS}
+    config = settled_training(Train(batch_size=BATCH, **(rare | settings)), DEVICE)
     schedule = load_schedule(SOURCE)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     cache, held_out = (LatentCache(LATENTS, split) for split in ("train", "validation"))
     denoiser = Denoiser(load_unet(SOURCE))
     accelerator = accelerator_for(config, DEVICE)
-    return Trainer(accelerator, config, objective, cache, held_out, denoiser, run)
+    folder.mkdir()
+    parts = accelerator, config, objective, cache, held_out, denoiser, folder
+    return Trainer(*parts, live=live)
 
 
-def steps_of(trainer: Trainer, run: Path) -> Callable[[], None]:
-    """A function that takes the trainer's next ``STEPS`` steps."""
-    micro_batches, numbers = trainer.micro_batches(0), count()
-    log = RunLog(run / LOG, 0, writes=True)
-    skipped = SkippedSteps(trainer.accelerator, log, 0, trainer.config.max_skipped)
-
-    def ours() -> None:
-        for _ in range(STEPS):
-            trainer.step(next(numbers), micro_batches, Termination(), skipped)
-
-    return ours
+def first_batch() -> Batch:
+    """Of a training, with the default settings."""
+    cache = LatentCache(LATENTS, "train")
+    batches = TrainingBatches(
+        cache, seed=0, batch_size=BATCH, timesteps=1000, caption_dropout=Train().caption_dropout
+    )
+    return batches[0].to(DEVICE)
 
 
 def repeated(batches: Callable[[], Batch]) -> Callable[[], None]:
@@ -106,18 +105,6 @@ def encoding_tiny() -> Callable[[], Batch]:
     pictures = torch.rand(BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
     ids = torch.randint(0, 700, (BATCH, encoders.tokenizer.model_max_length), device=DEVICE)
     return encoding(vae, clip, pictures, ids, in_precision)
-
-
-def saved(trainer: Trainer, steps: Callable[[], None], run: Path) -> Callable[[], None]:
-    """The same steps, a checkpoint written beside them."""
-    numbers: Iterator[int] = count(1)
-
-    def with_checkpoint() -> None:
-        with Saver(run, keep=2) as saver:
-            saver.save(trainer.state.checkpoint(next(numbers), None))
-            steps()
-
-    return with_checkpoint
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ class Every:
 class Milestones:
     """What is due when in a training of so many ``steps``, and who does it.
 
-    ``validate`` returns a line of
-    the log with ``val_loss``, or None if it was asked to stop meanwhile; ``draw`` says whether it
-    was; ``drawn`` whether there are samples of a step.
+    ``validate`` returns a line of the log with ``val_loss``, or None if it was asked to stop
+    meanwhile; ``draw`` says whether it was; ``drawn`` whether there are samples of a step.
     """
 
     steps: int
