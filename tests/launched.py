@@ -15,7 +15,7 @@ SHORT |= {"track": False}
 
 
 def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object) -> Popen[bytes]:
-    """``ldm train`` in a process group of its own."""
+    """``ldm train`` in a process group of its own; ``resume`` and ``changed`` are its options."""
     overrides = {**SHORT, "steps": 60, "checkpoint_every": 10, "mixed_precision": "no", **settings}
     command = [sys.executable, "-m", "ldm.cli", "train", "--params", str(ROOT / "params.yaml")]
     command += ["--latents", str(latents), "--out", str(folder / "model")]
@@ -24,6 +24,10 @@ def launch(pipeline: Path, latents: Path | str, folder: Path, **settings: object
         command += ["--set", f"registry.experiment={experiment}"]
     if network := overrides.pop("network", None):
         command += ["--set", f"pretrained.network={network}"]
+    if resume := overrides.pop("resume", None):
+        command += ["--resume", str(resume)]
+    if overrides.pop("changed", False):
+        command += ["--changed"]
     for key, value in overrides.items():
         command += ["--set", f"train.{key}={value}"]
     return Popen(command, cwd=ROOT, start_new_session=True)

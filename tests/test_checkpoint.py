@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -10,15 +11,32 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 import ldm.checkpoint
 import ldm.saver
-from ldm.checkpoint import STATE, Checkpoint, damage_of, folders, newest, save
+from ldm.artifacts import digest_file, digest_json
+from ldm.checkpoint import (
+    OWN,
+    PARTS,
+    STATE,
+    Checkpoint,
+    Model,
+    averaged,
+    damage_of,
+    describe,
+    folders,
+    newest,
+    save,
+)
 from ldm.errors import UserError
 from ldm.optimizer_state import optimizer_tensors, restore_optimizer
 from ldm.saver import Saver
@@ -34,31 +52,54 @@ class Killed(BaseException):
     """Nothing of the program runs after it."""
 
 
-CALLS = ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "rmdir"))
-CALLS += ((os, "unlink"), (os, "open"), (ldm.checkpoint, "save_file"))
+CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink", "open")
+"""Of :mod:`os`; files are created and written by others."""
+FAULTS = [OSError(errno.ENOSPC, "No space left on device"), Killed()]
 
 
 @contextmanager
 def failing(number: int, error: BaseException) -> Iterator[list[str]]:
     """The ``number``-th call into the file system, counted from 0, fails, and after a kill all do.
 
-    Yields the names of the calls made.
+    Half of a file is written where its writing fails. Yields the names of the calls made.
     """
     made: list[str] = []
+    numbers = count()  # Two threads make calls; no two calls get the same number.
+
+    def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            past = next(numbers) - number
+            made.append(name)
+            if past == 0 or (past > 0 and isinstance(error, Killed)):
+                raise error
+            return call(*arguments, **options)
+
+        return run
+
+    class Written(io.FileIO):
+        """Unbuffered: a kill leaves nothing to be written when it is closed."""
+
+        def write(self, content: Any) -> int:
+            half = len(content) // 2
+            super().write(content[:half])
+            return half + int(wrapped("write", super().write)(content[half:]))
+
+    opened, create, save_file = Path.open, wrapped("create", Written), ldm.checkpoint.save_file
+
+    def open_file(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return create(path, mode) if "w" in mode else opened(path, mode, *arguments, **options)
+
+    def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """What safetensors does out of sight is done in sight before."""
+        with path.open("wb") as file:
+            file.write(safetensors.torch.save(tensors))
+        save_file(tensors, path)
+
     with pytest.MonkeyPatch.context() as patch:
-
-        def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*arguments: Any, **options: Any) -> Any:
-                made.append(name)
-                past = len(made) - 1 - number
-                if past == 0 or (past > 0 and isinstance(error, Killed)):
-                    raise error
-                return call(*arguments, **options)
-
-            return run
-
-        for module, name in CALLS:
-            patch.setattr(module, name, wrapped(name, getattr(module, name)))
+        for name in CALLS:
+            patch.setattr(os, name, wrapped(name, getattr(os, name)))
+        patch.setattr(Path, "open", open_file)
+        patch.setattr(ldm.checkpoint, "save_file", save_tensors)
         yield made
 
 
@@ -93,7 +134,7 @@ def test_a_damaged_one_is_passed_over(
     assert str(latest) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
+@pytest.mark.parametrize("error", FAULTS)
 def test_a_fault_at_any_call_leaves_a_whole_newest(tmp_path: Path, error: BaseException) -> None:
     for number in range(100):
         run = tmp_path / str(number)
@@ -111,7 +152,9 @@ def test_a_fault_at_any_call_leaves_a_whole_newest(tmp_path: Path, error: BaseEx
         save(run, at(40), keep=1)
         assert [one.name for one in run.iterdir()] == ["step-00000040"]
         if went_through:
-            assert number > 10
+            # Three files of tensors and state.json.
+            assert made.count("create") == made.count("write") == 4
+            assert {*made} == {*CALLS, "create", "write"}
             return
     raise AssertionError("never went through")
 
@@ -125,11 +168,14 @@ def test_all_is_on_disk_before_it_has_its_name_and_the_name_is_too(tmp_path: Pat
     assert made[named:].count("fsync") == 1
 
 
-def test_a_fault_while_a_step_is_saved_again_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", FAULTS)
+def test_a_fault_while_a_step_is_saved_again_loses_nothing(
+    tmp_path: Path, error: BaseException
+) -> None:
     for number in range(100):
         run = tmp_path / str(number)
         save(run, at(20), keep=2)
-        with failing(number, Killed()) as made, suppress(Killed):
+        with failing(number, error) as made, suppress(UserError, OSError, Killed):
             save(run, at(20, 0.5), keep=2)
         found = newest(run)
         assert found is not None and found.step == 20
@@ -205,17 +251,32 @@ def test_an_error_of_saving_is_not_lost(tmp_path: Path) -> None:
         saver.save(at(10))
 
 
-def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [*(f"{part}.safetensors" for part in PARTS), "optimizer.pt", "random_states_0.pkl"]
+)
+def test_nothing_in_a_checkpoint_runs(tmp_path: Path, name: str) -> None:
+    """Whoever plants a pickle writes its digest too."""
+
     class Planted:
         def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    folder = save(tmp_path, at(10), keep=1)
-    for name in ("optimizer.pt", "random_states_0.pkl", "ema.safetensors"):
-        (folder / name).write_bytes(pickle.dumps(Planted()))
-    with pytest.raises(UserError, match=r"ema\.safetensors is missing or altered, and there is no"):
-        newest(tmp_path)
+    run = tmp_path / "run"
+    describe(run, Model({}, {}, "tiny", None))
+    folder = save(run, replace(at(10), random=at(10).weights), keep=1)
+    (folder / name).write_bytes(pickle.dumps(Planted()))
+    state = json.loads((folder / STATE).read_text())
+    state["files"][name] = digest_file(folder / name)
+    del state[OWN]
+    (folder / STATE).write_text(json.dumps(state | {OWN: digest_json(state)}))
+    assert damage_of(folder) is None
+    with suppress(SafetensorError):
+        newest(run)
+    with suppress(SafetensorError):
+        averaged(folder)
     assert not (tmp_path / "ran").exists()
+    pickle.loads((folder / name).read_bytes())
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import constants
+from transformers import CLIPVisionModel
 
 from ldm.artifacts import opening
 from ldm.config import Encode, FirstStage, Pretrained, Train, VaeTraining
 from ldm.encode.stage import encode
 from ldm.errors import UserError
 from ldm.first_stage.loop import Run
+from ldm.first_stage.parts import Given
+from ldm.first_stage.perceptual import load_tower
 from ldm.first_stage.stage import first_stage
 from ldm.first_stage.vae import train_vae
-from ldm.models import Source, digests, load_encoders, load_vae
+from ldm.models import Source, digest_weights, digests, load_encoders, load_vae
 from ldm.train.stage import train
 from tests.conftest import Pixels, scenes
 
@@ -69,6 +73,25 @@ def test_sides_that_the_vae_cannot_halve_are_one_line(tmp_path: Path) -> None:
     config = VaeTraining(widths=(8, 8, 8, 8), norm_groups=4)
     with pytest.raises(UserError, match=r"multiples of 8, and the pictures' are 60; set ingest\."):
         train_vae(config, pixels, pixels, CPU, Run(tmp_path, 1, 1))
+
+
+def test_pictures_are_compared_by_a_revision_of_a_hub_id(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache of a hub that has a newer one too."""
+    older = load_tower(str(pipeline / "clip"), None)
+    towers = {"a" * 40: older, "b" * 40: CLIPVisionModel(older.config)}
+    cached = tmp_path / "models--ldm--clip"
+    for revision, tower in towers.items():
+        tower.save_pretrained(cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("b" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision, wanted in (("a" * 40, "a"), ("b" * 40, "b"), (None, "b")):
+        vae = {"perceptual": "ldm/clip", "perceptual_revision": revision}
+        given = Given.by(FirstStage.model_validate({"vae": vae}), CPU)
+        assert given.digests() == {"perceptual": digest_weights(towers[wanted * 40])}
 
 
 def test_a_vae_of_ones_own_goes_through_encode_and_train(

@@ -13,8 +13,9 @@ from ldm import checkpoint
 from ldm.artifacts import opening
 from ldm.config import Pretrained, Sampling, Train
 from ldm.errors import UserError
+from ldm.params import load_params
 from ldm.train.stage import train
-from tests.launched import SHORT
+from tests.launched import ROOT, SHORT, launch
 
 HALF = {**SHORT, "mixed_precision": "no", "checkpoint_every": 6, "keep_checkpoints": 9}
 
@@ -90,6 +91,27 @@ def test_other_settings_that_are_meant_go_on_as_a_run_of_their_own(
     stopped_at(new, 17)
     run(pipeline, latents, tmp_path, resume=earlier, **later)  # The same command goes on with it.
     assert opening(tmp_path / "model", "model", "train").files == whole
+
+
+@pytest.mark.slow
+def test_the_commands_options_name_the_run_and_say_that_changes_are_meant(
+    pipeline: Path, latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"train.{key}={value}" for key, value in {**HALF, "steps": 4}.items()]
+    config = load_params(str(ROOT / "params.yaml"), asked).train  # What `launch` begins with.
+    paths = (latents, tmp_path / "model", tmp_path / "runs")
+    train(config, Pretrained(pipeline=str(pipeline)), *paths)
+    (earlier,) = paths[-1].iterdir()
+    capfd.readouterr()
+    later = {**HALF, "steps": 6, "learning_rate": 1e-3, "resume": earlier}
+    assert launch(pipeline, latents, tmp_path, **later).wait() == 1
+    (said,) = capfd.readouterr().err.splitlines()
+    differs = "train.learning_rate 0.0004 -> 0.001; train.steps 4 -> 6"
+    assert said.startswith(f"ldm train: {earlier}: was trained otherwise ({differs}); ")
+    assert list(paths[-1].iterdir()) == [earlier]
+    assert launch(pipeline, latents, tmp_path, **later, changed=True).wait() == 0
+    (new,) = set(paths[-1].iterdir()) - {earlier}
+    assert steps_logged(new) == [6] and steps_logged(earlier) == [2, 4]
 
 
 @pytest.mark.parametrize(
