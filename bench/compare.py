@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from statistics import median
 
+import torch
+
 Way = tuple[str, Callable[[], object]]
 
 
@@ -43,7 +45,14 @@ def table(title: str, names: tuple[str, str], speeds: Iterable[tuple[float, floa
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+    """Seconds that one call takes, to the end of what it had a GPU do."""
     start = time.perf_counter()
     run()
+    synchronize()
     return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -8,9 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from bench.compare import table
+from bench.compare import synchronize, table, timed
 from ldm.config import Registry
 from ldm.termination import Termination
 from ldm.tracking.live import Live
@@ -38,7 +36,7 @@ def over(
     theirs: list[float] = []
 
     def turn() -> None:
-        theirs.append(_timed(other[1]))
+        theirs.append(timed(other[1]))
 
     other[1]()
     ours = legs(training, turn, rounds)
@@ -72,22 +70,10 @@ class _Legs(Live):
     def write(self, entry: Mapping[str, Any]) -> None:
         """The first line ends the warm-up."""
         assert "loss" in entry, f"{entry}: a step that was skipped costs less than one taken"
-        _synchronize()
+        synchronize()
         if self._began:
             self.seconds.append(time.perf_counter() - self._began)
         if len(self.seconds) == self._most:
             raise _OverError
         self._between()
         self._began = time.perf_counter()
-
-
-def _timed(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    _synchronize()
-    return time.perf_counter() - begin
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import SMALL
+from bench.compare import synchronize
 from bench.loops import bare
 from bench.sd_model import (
     DEVICE,
@@ -29,7 +30,6 @@ from bench.sd_model import (
     in_bfloat16,
     random_batch,
     stable_diffusion,
-    synchronize,
 )
 from ldm.device import plain_attention
 from ldm.quiet import quieten

@@ -58,9 +58,3 @@ def random_batch(size: Size, pictures: int) -> Batch:
 def in_bfloat16() -> AbstractContextManager[Any]:
     """What a training computes in. A step uses each weight once, so none is kept in bfloat16."""
     return torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False)
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()

@@ -10,8 +10,9 @@ from collections import defaultdict
 
 from torch.profiler import ProfilerActivity, profile
 
+from bench.compare import synchronize
 from bench.sd_ladder import RUNGS, asked, operations, stepping
-from bench.sd_model import DEVICE, SIZES, random_batch, stable_diffusion, synchronize
+from bench.sd_model import DEVICE, SIZES, random_batch, stable_diffusion
 from ldm.device import plain_attention
 from ldm.quiet import quieten
 

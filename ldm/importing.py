@@ -14,9 +14,11 @@ def quick_imports() -> Iterator[None]:
     4,000 modules make hundreds of thousands of objects that stay; to look through them, again and
     again as they grow more, was a sixth of a training's start.
     """
+    searching = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if searching:
+            gc.enable()

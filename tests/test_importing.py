@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,14 +21,6 @@ print(after - before, gc.get_freeze_count() > len(sys.modules), gc.isenabled())
 """
 
 
-@pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
-    """Whatever a test leaves, this process looks for garbage as before."""
-    yield
-    gc.enable()
-    gc.unfreeze()
-
-
 def test_nothing_is_searched_meanwhile_and_what_came_is_left_alone_afterwards() -> None:
     done = subprocess.run(
         [sys.executable, "-c", COUNTS], check=True, capture_output=True, text=True
@@ -41,3 +32,10 @@ def test_after_a_failed_import_garbage_is_searched_again() -> None:
     with pytest.raises(ModuleNotFoundError), quick_imports():
         import ldm.not_there  # noqa: F401
     assert gc.isenabled()
+
+
+def test_a_block_in_another_leaves_the_search_to_that() -> None:
+    with quick_imports():
+        with quick_imports():
+            pass
+        assert not gc.isenabled()

@@ -182,7 +182,7 @@ def held_out_error(
     each = np.concatenate(found)
     # A PSNR is of values that reach over 2 here.
     error = float((4 * 10 ** (-each / 10)).mean())
-    return round(error, 8), {"val_psnr_db": round(float(each.mean()), 2)}
+    return error, {"val_psnr_db": round(float(each.mean()), 2)}
 
 
 def at_once(pixels: np.ndarray) -> list[np.ndarray]:
