@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ldm.request
 import ldm.train.stage
@@ -36,7 +35,13 @@ from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
 from ldm.train.trainer import Trainer
 from tests.disk import room_for
-from tests.test_train import endless_at, read_log, run_here, weights
+from tests.test_train import (
+    assert_fourth_skipped,
+    endless_at,
+    read_log,
+    run_here,
+    weights,
+)
 
 EVERY: dict[str, Any] = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3}
 EVERY |= {"sample_every": 3, "sample_prompts": ["a red circle"]}
@@ -430,11 +435,7 @@ def test_a_loss_without_end_is_skipped_under_a_scaler_too(
     scaled(monkeypatch, finite_up_to=math.inf)
     endless_at(monkeypatch, 4)
     model = run_here(pipeline, latents, tmp_path, log_every=1)
-    (skipped,) = (line for line in read_log(model) if "skipped" in line)
-    assert skipped["step"] == 4 and len(skipped["skipped"]) == 8
-    (newest,) = tmp_path.glob("runs/*/step-00000012")
-    optimizer = load_file(newest / "optimizer.safetensors")
-    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {11}
+    assert_fourth_skipped(model, tmp_path)
 
 
 def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:

@@ -227,16 +227,21 @@ def endless_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Objective, "loss", infinite)
 
 
+def assert_fourth_skipped(model: Path, folder: Path) -> None:
+    """Of a training's twelve steps the fourth was, and no other."""
+    (skipped,) = (line for line in read_log(model) if "skipped" in line)
+    assert skipped["step"] == 4 and len(skipped["skipped"]) == 8
+    (newest,) = folder.glob("runs/*/step-00000012")
+    optimizer = load_file(newest / "optimizer.safetensors")
+    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {11}
+
+
 def test_a_step_without_a_finite_loss_is_skipped_whatever_its_gradient(
     pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless_at(monkeypatch, 4)
     model = run_here(pipeline, latents, tmp_path, log_every=1)
-    (skipped,) = (line for line in read_log(model) if "skipped" in line)
-    assert skipped["step"] == 4 and len(skipped["skipped"]) == 8
-    (newest,) = tmp_path.glob("runs/*/step-00000012")
-    optimizer = load_file(newest / "optimizer.safetensors")
-    assert {int(one) for name, one in optimizer.items() if name.endswith(".step")} == {11}
+    assert_fourth_skipped(model, tmp_path)
 
 
 def test_the_average_takes_in_all_steps_before_a_last_one_that_is_skipped(
