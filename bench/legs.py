@@ -44,6 +44,13 @@ def over(
     return table(title, (other[0], "ldm train"), speeds)
 
 
+def steady(every: int) -> dict[str, int]:
+    """Settings of a training that goes on, with nothing due but a line each so many steps."""
+    never = 10**6
+    rare = {"steps": never, "checkpoint_every": never, "validate_every": never}
+    return rare | {"log_every": every}
+
+
 def legs(training: Training, between: Callable[[], object], most: int) -> list[float]:
     """Seconds that ``training`` takes from line to line, so many times; then comes ``between``.
 

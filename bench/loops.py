@@ -36,6 +36,16 @@ def bare(
     return step
 
 
+def times(count: int, step: Callable[[], object]) -> Callable[[], None]:
+    """So many steps as one."""
+
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
+
+
 def encoding(
     vae: AutoencoderKL,
     clip: CLIPTextModel,

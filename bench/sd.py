@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from bench import SMALL
-from bench.legs import over
-from bench.loops import bare, encoding
+from bench.legs import over, steady
+from bench.loops import bare, encoding, times
 from bench.sd_encoders import TOKENS, WIDTH, sd_encoders
 from bench.sd_ladder import ladder
 from bench.sd_model import DEVICE, SIZES, Size, in_bfloat16, random_batch, stable_diffusion
@@ -67,21 +67,11 @@ def comparisons(size: Size, folder: Path) -> None:
     pictures = STEPS * size.full
     title = f"{size.pixels} pixels, batch {size.full}, compiled: pictures/s"
     fixed = random_batch(size, size.full)
-    plain = repeated(bare(unet, lambda: fixed, in_bfloat16))
-    online = repeated(bare(unet, encoding_at(size), in_bfloat16))
+    plain = times(STEPS, bare(unet, lambda: fixed, in_bfloat16))
+    online = times(STEPS, bare(unet, encoding_at(size), in_bfloat16))
     ours = partial(training, unet, size, folder)
     over(title, ("bare loop", plain), partial(ours, "1"), pictures, ROUNDS)
     over(title, ("encoding", online), partial(ours, "2"), pictures, 3)
-
-
-def repeated(step: Callable[[], object]) -> Callable[[], None]:
-    """``STEPS`` of a loop."""
-
-    def run() -> None:
-        for _ in range(STEPS):
-            step()
-
-    return run
 
 
 def write_cache(size: Size, folder: Path) -> None:
@@ -93,8 +83,7 @@ def write_cache(size: Size, folder: Path) -> None:
 def training(unet: Network, size: Size, folder: Path, run: str, live: Live) -> Trainer:
     """The trainer on cached latents."""
     cache, workers = LatentCache(folder / "latents", "train"), 0 if SMALL else 4
-    rare = {"checkpoint_every": 10**6, "validate_every": 10**6, "log_every": STEPS}
-    asked = Train(batch_size=size.full, steps=10**6, workers=workers, **rare)
+    asked = Train(batch_size=size.full, workers=workers, **steady(STEPS))
     config = settled_training(asked, DEVICE)
     objective = Objective.of(fresh_schedule(NoiseSchedule()), config.min_snr_gamma)
     accelerator = accelerator_for(config, DEVICE)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from bench.compare import table
-from bench.legs import legs, over
-from bench.loops import bare, encoding
+from bench.legs import legs, over, steady
+from bench.loops import bare, encoding, times
 from ldm.cache import LatentCache
 from ldm.config import Pretrained, Train
 from ldm.denoiser import Denoiser
@@ -62,9 +62,8 @@ def main() -> None:
 
 def training(folder: Path, live: Live, **settings: Any) -> Trainer:
     """The trainer of ``ldm train`` by default, but for its end, checkpoints and validation."""
-    never = 10**6
-    rare = {"steps": never, "checkpoint_every": never, "validate_every": never, "log_every": STEPS}
-    config = settled_training(Train(batch_size=BATCH, **(rare | settings)), DEVICE)
+    asked = Train(batch_size=BATCH, **(steady(STEPS) | settings))
+    config = settled_training(asked, DEVICE)
     schedule = load_schedule(SOURCE)
     objective = Objective.of(schedule, config.min_snr_gamma, config.snr_floor)
     cache, held_out = (LatentCache(LATENTS, split) for split in ("train", "validation"))
@@ -86,13 +85,7 @@ def first_batch() -> Batch:
 
 def repeated(batches: Callable[[], Batch]) -> Callable[[], None]:
     """The bare step on a UNet of its own, ``STEPS`` times."""
-    step = bare(load_unet(SOURCE).to(DEVICE).train(), batches, in_precision)
-
-    def run() -> None:
-        for _ in range(STEPS):
-            step()
-
-    return run
+    return times(STEPS, bare(load_unet(SOURCE).to(DEVICE).train(), batches, in_precision))
 
 
 def in_precision() -> AbstractContextManager[Any]:

@@ -35,13 +35,7 @@ from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
 from ldm.train.trainer import Trainer
 from tests.disk import room_for
-from tests.test_train import (
-    assert_fourth_skipped,
-    endless_at,
-    read_log,
-    run_here,
-    weights,
-)
+from tests.test_train import assert_fourth_skipped, endless_at, read_log, run_here, weights
 
 EVERY: dict[str, Any] = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3}
 EVERY |= {"sample_every": 3, "sample_prompts": ["a red circle"]}

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from bench.peak import peak_and_words
 from ldm.memory import available
 from ldm.params import load_params
 from tests.hub import SIZES, Size, in_repository, snapshot
@@ -67,9 +68,9 @@ class Chain:
 
     def run(self, stage: str, *arguments: str) -> str:
         """What a stage says; its largest process has its room."""
-        told = self.call([sys.executable, "-m", "bench.peak", *self.command(stage, *arguments)])
-        peak_kib = int(told.splitlines()[-1])
-        assert 0 < peak_kib < ROOM_MIB * 1024
+        command = self.command(stage, *arguments)
+        peak_mib, told = peak_and_words(command, str(self.folder))
+        assert 0 < peak_mib < ROOM_MIB
         return told
 
     def command(self, stage: str, *arguments: str) -> list[str]:
