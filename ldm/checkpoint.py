@@ -94,7 +94,7 @@ def averaged(folder: Path) -> tuple[Model, Tensors]:
     about = folder.parent / MODEL
     if not about.is_file():
         raise UserError(f"{about}: is not there; give a checkpoint in the folder of its run")
-    return Model(**json.loads(about.read_text())), load_file(folder / "ema.safetensors")
+    return Model(**json.loads(about.read_text())), _tensors(folder / "ema.safetensors")
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -225,10 +225,21 @@ def newest(run: Path) -> Checkpoint | None:
     assert state is not None  # It has no damage.
     paths = {part: folder / f"{part}.safetensors" for part in PARTS}
     parts = {
-        part: load_file(path) if path.name in state["files"] else {} for part, path in paths.items()
+        part: _tensors(path) if path.name in state["files"] else {} for part, path in paths.items()
     }
     averaged, val_loss = state["averaged"], state["val_loss"]
     return Checkpoint(state["step"], **parts, val_loss=val_loss, averaged=averaged)
+
+
+def _tensors(path: Path) -> Tensors:
+    """UserError for a file that was no safetensors when its digest was taken."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: is no safetensors file ({error}), though its digest agrees: no training "
+            f"wrote it; remove {path.parent}"
+        ) from error
 
 
 def newest_folder(run: Path) -> Path | None:

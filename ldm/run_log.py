@@ -15,8 +15,10 @@ from ldm.errors import UserError, full_disk_told
 LOG = "log.jsonl"
 """Its name, in the folder of a run and in that of the model."""
 Entry = dict[str, Any]
-NAMES = {"loss": "train_loss"} | {key: key for key in ("lr", "gradient_norm", "val_loss")}
-"""Metrics by their key in ``log.jsonl``."""
+NAMES = {"loss": "train_loss"} | {
+    key: key for key in ("lr", "gradient_norm", "loss_scale", "val_loss")
+}
+"""Metrics by their key in ``log.jsonl``; ``loss_scale`` is that of fp16 after an overflow."""
 
 
 class RunLog:

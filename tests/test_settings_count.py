@@ -352,8 +352,10 @@ def test_the_scaler_of_fp16_finds_its_scale_and_goes_on_from_it(
     *_, last = folders(run)
     state = load_file(last / "optimizer.safetensors")
     taken = {int(one) for name, one in state.items() if name.endswith(".step")}
+    scales = [line["loss_scale"] for line in log if "loss_scale" in line]
     overflown = 16 - sum("loss" in line for line in log)
-    assert overflown >= 2 and taken == {16 - overflown}
+    assert len(scales) == overflown >= 2 and taken == {16 - overflown}
+    assert scales[:2] == [FIRST_SCALE / 2, FIRST_SCALE / 4]
     assert 0 < float(state["scaler.scale"]) < FIRST_SCALE
     straight = {path.name: path.read_bytes() for path in last.iterdir()}
     (last / "state.json").unlink()

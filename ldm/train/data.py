@@ -210,8 +210,9 @@ def validation_batches(
 
     def timestep(position: int) -> int:
         draw, sample = divmod(position, len(cache))
-        low, high = (part * timesteps // draws for part in (draw, draw + 1))
-        return low + int(spread_share(seed, sample) * (high - low))
+        # Rounded up: part p begins with the first timestep t for which t * draws // timesteps is p.
+        low, high = (-(-part * timesteps // draws) for part in (draw, draw + 1))
+        return min(low + int(spread_share(seed, sample) * (high - low)), timesteps - 1)
 
     firsts = len(cache) * np.arange(draws)[:, None]
     for samples in by_shape(cache.shapes):

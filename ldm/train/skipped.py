@@ -1,4 +1,4 @@
-"""Steps that changed nothing, because their loss or gradient was not finite."""
+"""Steps that changed no weights, because their loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ class SkippedSteps:
 
         These are of this process's samples, (micro-batches, n); ``keys`` names all samples, by
         process. UserError for one too many.
+
+        The scaler of fp16 finds its scale by overflowing: no fault of samples, and not counted
+        among those in a row, until the scale is below 1.
         """
         scaler = self.accelerator.scaler
-        # A scaler finds its scale by skipping; one below 1 was halved for each such step, in vain.
-        if scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1:
+        if scaler is not None and math.isfinite(loss) and (scale := scaler.get_scale()) >= 1:
+            self.log.write({"step": step, "loss_scale": scale})
             return
         bad = ~torch.isfinite(self.accelerator.gather(losses).flatten())
         names = keys()

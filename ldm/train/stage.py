@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -94,10 +94,7 @@ def train(
     unet, schedule = starting_point(config, pretrained, cache, encoders)
     start, text = digest_weights(unet), cache.manifest.inputs["text_encoder"]
     inputs = {"latents": cache.manifest.digest, "start": start, "schedule": digest_json(schedule)}
-    settings = settings_of_result(config)
-    deciding = [pretrained.network, *code.digests(*DECIDING, "nn")]
-    scaling = {"scaling": digest_json([cache.scaling_factor, cache.shift_factor])}
-    identity: Identity = {"config": settings, "inputs": inputs | scaling, "code": deciding}
+    identity = _identity(config, pretrained.network, cache, inputs)
     if resume is not None:
         identity = continued(identity, resume, changed=changed)
     run = folder_of(runs, identity)
@@ -112,7 +109,7 @@ def train(
         expect_drawable(sampling, schedule)
     termination = Termination()
     main = accelerator.is_main_process
-    shown = Live(registry, run, settings) if main and registry else nullcontext()
+    shown = Live(registry, run, identity["config"]) if main and registry else nullcontext()
     with (
         _alone(accelerator, run),
         taken_over(termination.ask),
@@ -136,22 +133,26 @@ def train(
         if not trainer.run(termination):
             sys.exit(termination.exit_code)
         if main:
-            if sharded:
+            if sharded:  # Each process has a part of the weights; the last checkpoint has all.
                 last = Source(str(checkpoint.folders(run)[-1]))
                 encoders, unet, schedule = load_model(last, pretrained.network)
             else:
                 trainer.ema.swap()
-            counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
-            with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
+            with _publishing(config, inputs, run, out) as fresh:
                 if adapters:
                     adapters.save(fresh / FOLDER)
                     adapters.merge()
                 save_pipeline(fresh, encoders, unet, schedule)
-                write_whole(fresh / LOG, (run / LOG).read_bytes())
             if live:
                 live.finish(opening(out, "model", "train").digest)
-            say(f"train: {config.steps} steps, val_loss {last_val_loss(run):.4f} -> {out}")
     accelerator.wait_for_everyone()
+
+
+def _identity(config: Train, network: str, cache: LatentCache, inputs: dict[str, str]) -> Identity:
+    """What decides a run's result: its settings, its inputs and the code of its steps."""
+    scaling = {"scaling": digest_json([cache.scaling_factor, cache.shift_factor])}
+    deciding = [network, *code.digests(*DECIDING, "nn")]
+    return {"config": settings_of_result(config), "inputs": inputs | scaling, "code": deciding}
 
 
 def _to_train(
@@ -169,6 +170,17 @@ def _to_train(
     if config.compile:
         compile_steps(unet, device_of(), shapes)
     return denoiser, adapters
+
+
+@contextmanager
+def _publishing(config: Train, inputs: Mapping[str, str], run: Path, out: Path) -> Iterator[Path]:
+    """A folder to write the model into, which becomes ``out`` with the run's log, and is told."""
+    settings = settings_of_result(config)
+    counts = {"steps": config.steps, "samples": config.steps * config.batch_size}
+    with writing(out, "model", config=settings, inputs=inputs, counts=counts) as fresh:
+        yield fresh
+        write_whole(fresh / LOG, (run / LOG).read_bytes())
+    say(f"train: {config.steps} steps, val_loss {last_val_loss(run):.4f} -> {out}")
 
 
 def _mention_unfinished(runs: Path, run: Path, identity: Identity) -> None:

@@ -164,9 +164,9 @@ class Trainer:
     ) -> tuple[float, float, bool]:
         """One optimizer step: mean loss, gradient norm before clipping, whether to stop.
 
-        A step whose gradient is not finite changes nothing. All processes see the same figures, and
-        so decide alike. StoppedError, with nothing changed, if one was asked to stop amid a step
-        that takes long.
+        A step whose loss or gradient is not finite changes no weights. All processes see the same
+        figures, and so decide alike. StoppedError, with nothing changed, if one was asked to stop
+        amid a step that takes long.
         """
         accelerator = self.accelerator
         # A process that left while others compute would leave them waiting.
