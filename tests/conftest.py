@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from hypothesis import settings
 from transformers import CLIPModel, CLIPTextModel
@@ -68,6 +69,14 @@ def _on_the_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CPU_ASKED, "true")
         yield
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """accelerate keeps one precision a process, in tests that of most of them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

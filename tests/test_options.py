@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
@@ -159,15 +158,7 @@ def test_deterministic_training_allows_no_other_kernels(
     assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8") is asked
 
 
-@pytest.fixture
-def other_precision() -> Iterator[None]:
-    """accelerate keeps one precision a process, in tests that of most of them."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("other_precision")
+@pytest.mark.usefixtures("any_precision")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     ("network", "block"), [("ldm", ResidualBlock), ("diffusers", ResnetBlock2D)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -35,7 +34,7 @@ from ldm.train.objective import Objective
 from ldm.train.state import TrainingState
 from ldm.train.trainer import Trainer
 from tests.disk import room_for
-from tests.test_train import assert_fourth_skipped, endless_at, read_log, run_here, weights
+from tests.test_train import run_here, weights
 
 EVERY: dict[str, Any] = {"log_every": 1, "checkpoint_every": 5, "validate_every": 3}
 EVERY |= {"sample_every": 3, "sample_prompts": ["a red circle"]}
@@ -401,57 +400,6 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_room(tmp_path: Path) -> No
 
 
 # --- figures that are not finite
-
-
-def test_a_scaler_that_never_finds_a_scale_stops_the_training(
-    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the loss is finite and the gradient is not, whatever the scale."""
-    scaled(monkeypatch, finite_up_to=0.0)
-    with pytest.raises(UserError, match=r"step 7: no finite loss or gradient for 4 steps in a row"):
-        run_here(pipeline, latents, tmp_path, max_skipped=3)
-
-
-def test_a_scaler_may_search_for_its_scale(
-    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scaled(monkeypatch, finite_up_to=2.0)
-    model = run_here(pipeline, latents, tmp_path, max_skipped=1)
-    assert not any("skipped" in line for line in read_log(model))
-    start = weights(pipeline)
-    assert not all(torch.equal(one, start[name]) for name, one in weights(model).items())
-
-
-def test_a_loss_without_end_is_skipped_under_a_scaler_too(
-    pipeline: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though the gradient is finite, which is all that the scaler looks at."""
-    scaled(monkeypatch, finite_up_to=math.inf)
-    endless_at(monkeypatch, 4)
-    model = run_here(pipeline, latents, tmp_path, log_every=1)
-    assert_fourth_skipped(model, tmp_path)
-
-
-def scaled(monkeypatch: pytest.MonkeyPatch, finite_up_to: float) -> None:
-    """Have gradients scaled, first by 8, as in float16 on a GPU; greater scales overflow."""
-    made, whole = ldm.train.stage.accelerator_for, Objective.loss
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-
-    def accelerator_for(*arguments: Any) -> Any:
-        accelerator = made(*arguments)
-        accelerator.scaler, accelerator.native_amp = scaler, True
-        monkeypatch.setattr(type(accelerator), "autocast", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(type(accelerator.state), "mixed_precision", "fp16")
-        return accelerator
-
-    def loss(*arguments: Any) -> torch.Tensor:
-        each: torch.Tensor = whole(*arguments)
-        if each.requires_grad and scaler.get_scale() > finite_up_to:
-            each.register_hook(lambda gradient: gradient * torch.inf)
-        return each
-
-    monkeypatch.setattr(ldm.train.stage, "accelerator_for", accelerator_for)
-    monkeypatch.setattr(Objective, "loss", loss)
 
 
 def test_steps_skipped_before_a_stop_count(

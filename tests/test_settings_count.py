@@ -17,9 +17,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import tqdm
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
 import ldm.launch
 import ldm.train.stage
@@ -34,8 +31,9 @@ from ldm.train.settings import settings_of_result
 from ldm.train.stage import settled_training
 from ldm.train.trainer import Trainer
 from tests import test_kills, test_lora, test_memory, test_options, test_text_lora, test_train
-from tests.test_train import read_log, run_here, weights
+from tests.test_train import read_log, run_here
 
+pytestmark = pytest.mark.usefixtures("any_precision")
 BASE: dict[str, Any] = {"steps": 4, "warmup_steps": 1, "learning_rate": 1e-2, "batch_size": 8}
 BASE |= {"log_every": 2, "validate_every": 4, "checkpoint_every": 4, "keep_checkpoints": 9}
 BASE |= {"sample_every": None}
@@ -114,14 +112,6 @@ def left(pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory
         return found[key]
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """accelerate keeps one precision a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def with_other(settings: Mapping[str, Any], name: str, value: object) -> dict[str, Any]:
@@ -257,7 +247,7 @@ def test_another_value_makes_another_run_where_it_decides_the_result(setting: st
     assert same is (setting in OF_NO_RESULT)
 
 
-# The noise as the prediction, what a watcher sees, and the scaler of fp16
+# The noise as the prediction, and what a watcher sees
 
 
 def test_from_random_weights_it_learns_to_predict_the_noise(
@@ -313,52 +303,3 @@ def bar_of(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
     """How many samples a training's bar counted, of how many, and how many a second."""
     shown = r"train: [^\r\n]* (\d+/\d+) \[[^\r\n]*, +([\d.?]+) samples/s"
     return re.findall(shown, capsys.readouterr().err)
-
-
-FIRST_SCALE = 2.0**26
-
-
-@pytest.fixture
-def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU computes in fp16 with a scaler as accelerate has a GPU do; the first scale is too much.
-
-    (accelerate gives a CPU no scaler, and ``ldm train`` refuses fp16 there.)
-    """
-
-    made = ldm.train.stage.accelerator_for
-
-    def accelerator_for(config: Train, device: torch.device) -> Accelerator:
-        accelerator = made(config, device)
-        accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=3)
-        return accelerator
-
-    monkeypatch.setattr(ldm.train.settings, "_check_device", lambda *_: None)
-    monkeypatch.setattr(ldm.train.stage, "accelerator_for", accelerator_for)
-
-
-@pytest.mark.usefixtures("scaled")
-def test_the_scaler_of_fp16_finds_its_scale_and_goes_on_from_it(
-    pipeline: Path, latents: Path, tmp_path: Path
-) -> None:
-    """Steps that overflow are no steps, and no samples' fault, however many there are."""
-    settings = {"mixed_precision": "fp16", "steps": 16, "log_every": 1, "checkpoint_every": 8}
-    settings |= {"validate_every": 16, "max_skipped": 1}
-    model = run_here(pipeline, latents, tmp_path, **settings)
-    assert all(one.isfinite().all() for one in weights(model).values())
-    log = read_log(model)
-    assert not [line for line in log if "skipped" in line]
-    (run,) = (tmp_path / "runs").iterdir()
-    *_, last = folders(run)
-    state = load_file(last / "optimizer.safetensors")
-    taken = {int(one) for name, one in state.items() if name.endswith(".step")}
-    scales = [line["loss_scale"] for line in log if "loss_scale" in line]
-    overflown = 16 - sum("loss" in line for line in log)
-    assert len(scales) == overflown >= 2 and taken == {16 - overflown}
-    assert scales[:2] == [FIRST_SCALE / 2, FIRST_SCALE / 4]
-    assert 0 < float(state["scaler.scale"]) < FIRST_SCALE
-    straight = {path.name: path.read_bytes() for path in last.iterdir()}
-    (last / "state.json").unlink()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run_here(pipeline, latents, tmp_path, **settings)
-    assert {path.name: path.read_bytes() for path in last.iterdir()} == straight
