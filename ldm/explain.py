@@ -61,7 +61,8 @@ def read_picture(path: Path, painter: Painter) -> np.ndarray:
         raise UserError(
             f"{path}: is no picture that can be read ({error}); give a PNG or JPEG file"
         ) from error
-    return np.asarray(ImageOps.fit(upright, (columns * scale, rows * scale)))
+    # Not np.asarray: torch warns of memory that is not to be written.
+    return np.array(ImageOps.fit(upright, (columns * scale, rows * scale)))
 
 
 @torch.inference_mode()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.config import Sampling
@@ -38,6 +40,16 @@ def test_the_way_back_ends_where_generation_does(painter: Painter) -> None:
     assert len(frames) == STEPS + 1 and np.array_equal(frames[-1], drawn)
 
 
+@pytest.fixture
+def warned_again() -> Iterator[None]:
+    """torch says what it said in a test before."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("warned_again")
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_files(tmp_path: Path) -> None:
     wide = np.repeat(scenes("validation", 1)[0], 2, axis=1)
     Image.fromarray(wide).save(tmp_path / "picture.png")
