@@ -99,11 +99,13 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     with quick_imports():
+        from ldm.artifacts import expect_replaceable
         from ldm.launch import launch_training
         from ldm.remote.artifacts import reading
         from ldm.train.stale import expect_current
 
     params, how = _params(options), _resuming(options)
+    expect_replaceable(options.out, "model")
     pictures = options.images
     if pictures is None and isinstance(options.latents, Path):
         pictures = options.latents.with_name("images")

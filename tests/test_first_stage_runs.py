@@ -344,7 +344,8 @@ def test_an_output_that_another_process_makes_is_refused_before_the_first_step(
 ) -> None:
     out, runs = tmp_path / "first-stage", tmp_path / "runs"
     config = FirstStage.model_validate(settings(pipeline))
-    with making(out), pytest.raises(UserError, match="first-stage: another process makes it"):
+    busy = pytest.raises(UserError, match="first-stage: another process makes it")
+    with making(out, "first-stage"), busy:
         first_stage(config, images, out, runs)
     assert [path.name for path in runs.glob("*/*")] == ["lock"]
 

@@ -108,7 +108,7 @@ def first_stage(
     training, held_out = (Split(pictures, split) for split in SPLITS)
     with (
         held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
-        making(out) as write,
+        making(out, "first-stage") as write,
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
         plain_attention(device),
     ):
@@ -118,7 +118,7 @@ def first_stage(
         parts = _train(config, training, held_out, run, device, given)
         measured, sheet = measure(parts, held_out, run, device)
         counts = {"train": len(training)}
-        with write("first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
+        with write(config=settings, inputs=inputs, counts=counts) as fresh:
             save(parts, given, fresh)
             write_json(fresh / "measured.json", measured)
             write_whole(fresh / f"{SHEETS}.png", encode_png(sheet))
