@@ -94,7 +94,13 @@ def averaged(folder: Path) -> tuple[Model, Tensors]:
     about = folder.parent / MODEL
     if not about.is_file():
         raise UserError(f"{about}: is not there; give a checkpoint in the folder of its run")
-    return Model(**json.loads(about.read_text())), _tensors(folder / "ema.safetensors")
+    try:
+        model = Model(**json.loads(about.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{about}: is damaged ({error!r}); the command that made the run writes it again"
+        ) from error
+    return model, _tensors(folder / "ema.safetensors")
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:

@@ -50,10 +50,17 @@ def describe(run: Path, identity: Identity) -> None:
 
 
 def identity_of(run: Path) -> Identity:
-    """What :func:`describe` wrote; UserError where that is no run."""
+    """What :func:`describe` wrote; UserError where that is no run, or it is damaged."""
     if not (run / RUN).is_file():
         raise UserError(f"{run}: is no run (has no {RUN}); name a folder of {run.parent}")
-    return dict(json.loads((run / RUN).read_text()))
+    try:
+        known: Identity = json.loads((run / RUN).read_text())
+        _ = known["config"].items(), known["inputs"].items(), known["code"]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{run / RUN}: is damaged ({error!r}); the command that made the run writes it again"
+        ) from error
+    return known
 
 
 def expect_unpruned(run: Path, remedy: str, parts: Sequence[str] = ("",)) -> None:
@@ -159,8 +166,8 @@ def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
     found = []
     for file in runs.glob(f"*/{RUN}"):
         try:
-            known = json.loads(file.read_text())
-        except ValueError:
+            known = identity_of(file.parent)
+        except UserError:
             continue  # A damaged one is nothing to go on from.
         steps = [*map(checkpoint.step_of, checkpoint.folders(file.parent))]
         same_latents = known["inputs"].get("latents") == identity["inputs"]["latents"]

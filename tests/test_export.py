@@ -71,3 +71,14 @@ def test_what_is_no_checkpoint_is_refused(pipeline: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match="is no checkpoint of `ldm train`; name a folder of"):
             export(named, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"{}"])
+def test_a_damaged_description_of_the_model_is_named(
+    pipeline: Path, latents: Path, tmp_path: Path, content: bytes
+) -> None:
+    run_here(pipeline, latents, tmp_path, steps=2)
+    (run,) = (tmp_path / "runs").iterdir()
+    (run / "model.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.json: is damaged \(.*\); the command that made"):
+        export(folders(run)[-1], tmp_path / "exported")
