@@ -108,9 +108,12 @@ def making(target: Path, kind: str) -> Iterator[Write]:
 def expect_replaceable(target: Path, kind: str) -> None:
     """UserError where something else than an earlier output of that ``kind`` would be lost.
 
-    For those who look before they work for long.
+    And where nothing can be written. For those who look before they work for long.
     """
     remedy = "give another --out, or move that away"
+    place = next(one for one in target.absolute().parents if one.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"{target}: cannot be made in {place}; give another --out, or see to that")
     if not target.name:
         raise UserError(f"{target}: cannot be replaced by a folder; give another --out")
     if target.exists() and not target.is_dir():

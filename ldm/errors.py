@@ -10,6 +10,11 @@ from pathlib import Path
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 """What the system says where no more can be written."""
 
+UNUSABLE = frozenset(
+    {*(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR), *(errno.EEXIST, errno.ENAMETOOLONG)}
+)
+"""What it says of a path without permission, or with a file where a folder is to be."""
+
 
 class UserError(ValueError):
     """Something outside the code is wrong; the message is one line, names it and the remedy."""
@@ -26,11 +31,16 @@ def is_full(error: Exception) -> bool:
 def full_disk_told(path: Path) -> Iterator[None]:
     """Turn a write that the disk does not take into a :class:`UserError` of its file.
 
-    That is ``path`` where the system names none.
+    That is ``path`` where the system names none. A path that cannot be used is told likewise.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename:
+            raise UserError(
+                f"{error.filename}: cannot be used ({error.strerror}); see what is there, and who "
+                "may write it, or give another path"
+            ) from error
         if not is_full(error):
             raise
         raise UserError(

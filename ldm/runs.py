@@ -52,7 +52,9 @@ def describe(run: Path, identity: Identity) -> None:
 def identity_of(run: Path) -> Identity:
     """What :func:`describe` wrote; UserError where that is no run, or it is damaged."""
     if not (run / RUN).is_file():
-        raise UserError(f"{run}: is no run (has no {RUN}); name a folder of {run.parent}")
+        of = run.parent if (run.parent / RUN).is_file() else None
+        remedy = f"name its run, {of}" if of else "name a folder of runs/"
+        raise UserError(f"{run}: is no run (has no {RUN}); {remedy}")
     try:
         known: Identity = json.loads((run / RUN).read_text())
         _ = known["config"].items(), known["inputs"].items(), known["code"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ldm.artifacts import MANIFEST, digest_tree, making, opening, write_json, write_whole, writing
 from ldm.cli import main
-from ldm.errors import UserError
+from ldm.errors import UserError, full_disk_told
 from tests.disk import room_for
 from tests.encoding import ROOT
 
@@ -83,6 +83,7 @@ def test_rewriting_replaces_all_of_the_earlier_directory(target: Path) -> None:
         ("a file", "out: is a file; give another --out"),
         ("files", "out: has files, and no manifest.json"),
         ("another kind", "out: holds 'latents', not 'images'"),
+        ("a file above", r"out: cannot be made in .*above; give another --out"),
         ("the working directory", "cannot be replaced by a folder; give another --out"),
     ],
 )
@@ -98,6 +99,9 @@ def test_what_is_no_earlier_output_of_its_kind_is_not_lost(
     elif what == "another kind":
         with writing(out, "latents", config={}, inputs={}) as fresh:
             (fresh / "mine.txt").write_text("mine")
+    elif what == "a file above":
+        (tmp_path / "above").write_text("mine")
+        out = tmp_path / "above" / "folder" / "out"
     else:
         out.mkdir()
         monkeypatch.chdir(out)
@@ -302,6 +306,13 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_file(tmp_path: Path) -> None
         write_whole(tmp_path / "file", bytes(2000))
     assert (tmp_path / "file").read_bytes() == b"first"
     assert only(tmp_path) == ["file"]
+
+
+def test_a_path_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "folder", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"^{folder}: cannot be used"), full_disk_told(tmp_path):
+            folder.mkdir(parents=True)
 
 
 def test_a_full_disk_in_the_block_is_told_of_the_directory(target: Path) -> None:

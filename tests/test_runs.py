@@ -239,8 +239,11 @@ def test_a_noise_schedule_that_is_not_known_is_refused_before_the_first_step(
 
 
 def test_a_folder_that_is_no_run(pipeline: Path, latents: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run \(has no run\.json\)"):
+    with pytest.raises(UserError, match=r"is no run \(has no run\.json\); name a folder of runs/$"):
         run(pipeline, latents, tmp_path, resume=tmp_path / "runs" / "nothing")
+    earlier = run(pipeline, latents, tmp_path, steps=2)
+    with pytest.raises(UserError, match=rf"is no run .*; name its run, {earlier}$"):
+        run(pipeline, latents, tmp_path, resume=earlier / "step-00000002")
 
 
 def test_an_unfinished_run_of_other_settings_is_mentioned(
