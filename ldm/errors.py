@@ -47,3 +47,14 @@ def full_disk_told(path: Path) -> Iterator[None]:
             f"{error.filename or path}: cannot be written ({error.strerror}); make room on that "
             "disk and run the same command again"
         ) from error
+
+
+@contextmanager
+def damage_told(file: Path) -> Iterator[None]:
+    """Turn what a damaged file of a run leads to into a :class:`UserError`."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{file}: is damaged ({error!r}); the command that made the run writes it again"
+        ) from error

@@ -16,7 +16,7 @@ from ldm import checkpoint
 from ldm.artifacts import digest_file, digest_json, write_json
 from ldm.checkpoint import Checkpoint
 from ldm.config.section import flat
-from ldm.errors import UserError
+from ldm.errors import UserError, damage_told
 
 RUN = "run.json"
 PRUNED = "pruned"
@@ -55,13 +55,9 @@ def identity_of(run: Path) -> Identity:
         of = run.parent if (run.parent / RUN).is_file() else None
         remedy = f"name its run, {of}" if of else "name a folder of runs/"
         raise UserError(f"{run}: is no run (has no {RUN}); {remedy}")
-    try:
+    with damage_told(run / RUN):
         known: Identity = json.loads((run / RUN).read_text())
         _ = known["config"].items(), known["inputs"].items(), known["code"]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(
-            f"{run / RUN}: is damaged ({error!r}); the command that made the run writes it again"
-        ) from error
     return known
 
 

@@ -119,6 +119,11 @@ def test_a_checkpoint_draws_what_the_finished_model_draws(
     (checkpoint / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"ema.safetensors is missing or altered"):
         Painter.load(Source(str(checkpoint)))
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=r"state.json is missing or altered.*give another che"):
+        Painter.load(Source(str(checkpoint)))
+    with pytest.raises(UserError, match=r"is the run of a training; name one of its step-N"):
+        Painter.load(Source(str(checkpoint.parent)))
 
 
 def test_accumulation_and_batch_give_the_same_step(
