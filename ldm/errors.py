@@ -35,17 +35,21 @@ def full_disk_told(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in UNUSABLE and error.filename:
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has one of its own, which is no OSError.
+        file = getattr(error, "filename", None)
+        if file and isinstance(error, OSError) and error.errno in UNUSABLE:
             raise UserError(
-                f"{error.filename}: cannot be used ({error.strerror}); see what is there, and who "
-                "may write it, or give another path"
+                f"{file}: cannot be used ({error.strerror}); see what is there, and who may write "
+                "it, or give another path"
             ) from error
         if not is_full(error):
             raise
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{error.filename or path}: cannot be written ({error.strerror}); make room on that "
-            "disk and run the same command again"
+            f"{file or path}: cannot be written ({reason}); make room on that disk and run the "
+            "same command again"
         ) from error
 
 
