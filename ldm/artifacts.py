@@ -84,21 +84,50 @@ def writing(
     """Yield an empty directory that becomes ``target`` when the block ends without an error.
 
     ``counts`` is read at the end, so the block may fill it. On an error nothing is left behind
-    and an earlier ``target`` stays as it was. UserError while another process makes ``target``.
+    and an earlier ``target`` stays as it was; behind a link what that leads to is replaced.
+    UserError while another process makes it, and where anything but an earlier one of its ``kind``
+    is there.
     """
-    with making(target) as write, write(kind, config=config, inputs=inputs, counts=counts) as fresh:
+    with making(target, kind) as write, write(config=config, inputs=inputs, counts=counts) as fresh:
         yield fresh
 
 
 @contextmanager
-def making(target: Path) -> Iterator[Write]:
+def making(target: Path, kind: str) -> Iterator[Write]:
     """Be the one process that makes ``target`` while the block runs; yield what writes it.
 
-    For those who work for long before they write. UserError while another process makes it.
+    For those who work for long before they write. UserError as of :func:`writing`.
     """
+    expect_replaceable(target, kind)
+    target = target.resolve() if target.is_symlink() else target
     lock = target.with_name(f".{target.name}.lock")
     with held(lock, f"{target}: another process makes it; wait for it, or stop it"):
-        yield partial(_writing, target)
+        yield partial(_writing, target, kind)
+
+
+def expect_replaceable(target: Path, kind: str) -> None:
+    """UserError where something else than an earlier output of that ``kind`` would be lost.
+
+    And where nothing can be written. For those who look before they work for long.
+    """
+    remedy = "give another --out, or move that away"
+    place = next(one for one in target.absolute().parents if one.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"{target}: cannot be made in {place}; give another --out, or see to that")
+    if not target.name:
+        raise UserError(f"{target}: cannot be replaced by a folder; give another --out")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; {remedy}")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / MANIFEST).is_file():
+        raise UserError(f"{target}: has files, and no {MANIFEST} that says of what; {remedy}")
+    try:
+        found = manifest_of(target)
+    except UserError:
+        return  # A damaged one is to be made again.
+    if found and found.kind != kind:
+        raise UserError(f"{target}: holds {found.kind!r}, not {kind!r}; {remedy}")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldm.artifacts import digest_file, digest_json, write_json
-from ldm.errors import UserError, is_full
+from ldm.errors import UserError, damage_told, is_full
 from ldm.progress import say
 
 STATE, MODEL = "state.json", "model.json"
@@ -94,7 +94,9 @@ def averaged(folder: Path) -> tuple[Model, Tensors]:
     about = folder.parent / MODEL
     if not about.is_file():
         raise UserError(f"{about}: is not there; give a checkpoint in the folder of its run")
-    return Model(**json.loads(about.read_text())), _tensors(folder / "ema.safetensors")
+    with damage_told(about):
+        model = Model(**json.loads(about.read_text()))
+    return model, _tensors(folder / "ema.safetensors")
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -232,9 +234,12 @@ def newest(run: Path) -> Checkpoint | None:
 
 
 def _tensors(path: Path) -> Tensors:
-    """UserError for a file that was no safetensors when its digest was taken."""
+    """UserError for a file that is gone since, or was no safetensors when its digest was taken."""
     try:
         return load_file(path)
+    except FileNotFoundError as error:
+        gone = f"{path.parent}: was removed meanwhile, by its training or `ldm prune`"
+        raise UserError(f"{gone}; name another checkpoint") from error
     except SafetensorError as error:
         raise UserError(
             f"{path}: is no safetensors file ({error}), though its digest agrees: no training "

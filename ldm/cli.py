@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, full_disk_told
 from ldm.importing import quick_imports
-from ldm.options import parser
+from ldm.options import MODEL, parser
 from ldm.quiet import quieten
 
 if TYPE_CHECKING:
@@ -99,11 +99,13 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     with quick_imports():
+        from ldm.artifacts import expect_replaceable
         from ldm.launch import launch_training
         from ldm.remote.artifacts import reading
         from ldm.train.stale import expect_current
 
     params, how = _params(options), _resuming(options)
+    expect_replaceable(options.out, "model")
     pictures = options.images
     if pictures is None and isinstance(options.latents, Path):
         pictures = options.latents.with_name("images")
@@ -125,6 +127,8 @@ def _export(options: argparse.Namespace) -> None:
 def _prune(options: argparse.Namespace) -> None:
     from ldm.prune import prune
 
+    if options.model != MODEL and not options.model.is_dir():
+        raise UserError(f"{options.model}: no such model; name the one whose training is to stay")
     prune(options.runs, options.keep, options.model, dry_run=options.dry_run)
 
 

@@ -81,8 +81,10 @@ def load_vae(source: Source) -> AutoencoderKL:
 
 def load_text_encoder(source: Source) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The frozen text tower, float32, in eval mode, and its tokenizer."""
-    tokenizer = load_part(CLIPTokenizer, source, "tokenizer")
-    return tokenizer, _frozen(load_part(CLIPTextModel, source, "text_encoder", dtype=torch.float32))
+    # First: a hub that does not answer is asked in vain for each of a part's files, half a minute
+    # each, of which this has one and a tokenizer many.
+    text_encoder = load_part(CLIPTextModel, source, "text_encoder", dtype=torch.float32)
+    return load_part(CLIPTokenizer, source, "tokenizer"), _frozen(text_encoder)
 
 
 @dataclass(frozen=True)

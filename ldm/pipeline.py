@@ -18,6 +18,7 @@ from ldm.errors import UserError
 from ldm.lora import Adapters, Base
 from ldm.models import Encoders, Source, digest_weights, load_encoders, load_part, locate
 from ldm.noise_schedule import leave_open, load_schedule, scheduler_of
+from ldm.runs import RUN
 from ldm.unet import Network, as_diffusers, run_by
 
 
@@ -33,7 +34,11 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
     """
     folder = Path(source.location)
-    if not (folder / checkpoint.STATE).is_file():
+    if (folder / RUN).is_file():
+        raise UserError(f"{folder}: is the run of a training; name one of its step-NNNNNNNN")
+    # By its place too: one that is damaged, or was removed, is no folder in another layout.
+    placed = folder.name.startswith("step-") and (folder.parent / checkpoint.MODEL).is_file()
+    if not placed and not (folder / checkpoint.STATE).is_file():
         return load_encoders(source), load_unet(source, network), load_schedule(source)
     encoders, unet, schedule, adapters = load_trained(folder, network)
     if adapters:

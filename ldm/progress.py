@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import TypeVar
@@ -37,5 +38,9 @@ def progress(
 
 
 def say(line: str) -> None:
-    """Print a stage's line of result."""
-    print(line, flush=True)
+    """Print a stage's line of result. That nobody reads it, as behind ``| head``, is no error."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        # Else Python, which tries once more at its end, says so and exits with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

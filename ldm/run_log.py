@@ -58,17 +58,25 @@ class RunLog:
 
 def entries(path: Path) -> list[Entry]:
     """The lines of a log, none if it is not there; a last one that was cut short is left out."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     found: list[Entry] = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            found.append(_entry(line))
         except ValueError as error:
             if number < len(lines):
                 raise UserError(
                     f"{path}: line {number} is damaged ({error}); remove that line"
                 ) from error
     return found
+
+
+def _entry(line: bytes) -> Entry:
+    """ValueError for what no log has."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        raise ValueError("has no step")
+    return entry
 
 
 def as_lines(lines: Iterable[Entry]) -> bytes:

@@ -16,7 +16,7 @@ from ldm import checkpoint
 from ldm.artifacts import digest_file, digest_json, write_json
 from ldm.checkpoint import Checkpoint
 from ldm.config.section import flat
-from ldm.errors import UserError
+from ldm.errors import UserError, damage_told
 
 RUN = "run.json"
 PRUNED = "pruned"
@@ -50,10 +50,15 @@ def describe(run: Path, identity: Identity) -> None:
 
 
 def identity_of(run: Path) -> Identity:
-    """What :func:`describe` wrote; UserError where that is no run."""
+    """What :func:`describe` wrote; UserError where that is no run, or it is damaged."""
     if not (run / RUN).is_file():
-        raise UserError(f"{run}: is no run (has no {RUN}); name a folder of {run.parent}")
-    return dict(json.loads((run / RUN).read_text()))
+        of = run.parent if (run.parent / RUN).is_file() else None
+        remedy = f"name its run, {of}" if of else "name a folder of runs/"
+        raise UserError(f"{run}: is no run (has no {RUN}); {remedy}")
+    with damage_told(run / RUN):
+        known: Identity = json.loads((run / RUN).read_text())
+        _ = known["config"].items(), known["inputs"].items(), known["code"]
+    return known
 
 
 def expect_unpruned(run: Path, remedy: str, parts: Sequence[str] = ("",)) -> None:
@@ -159,8 +164,8 @@ def unfinished(runs: Path, identity: Identity) -> tuple[Path, list[str]] | None:
     found = []
     for file in runs.glob(f"*/{RUN}"):
         try:
-            known = json.loads(file.read_text())
-        except ValueError:
+            known = identity_of(file.parent)
+        except UserError:
             continue  # A damaged one is nothing to go on from.
         steps = [*map(checkpoint.step_of, checkpoint.folders(file.parent))]
         same_latents = known["inputs"].get("latents") == identity["inputs"]["latents"]

@@ -77,3 +77,8 @@ def ignore(_: int = 0) -> None:
     """Leave the signals to the parent: for a training's worker processes, by worker number."""
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_quietly() -> None:
+    """Have Ctrl-C end this process where it is, without a traceback, until it is taken over."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.artifacts import MANIFEST, digest_tree, making, opening, write_json, write_whole, writing
-from ldm.errors import UserError
+from ldm.cli import main
+from ldm.errors import UserError, full_disk_told
 from tests.disk import room_for
+from tests.encoding import ROOT
 
 
 def write(target: Path, files: dict[str, bytes], **changes: object) -> None:
@@ -75,6 +77,64 @@ def test_rewriting_replaces_all_of_the_earlier_directory(target: Path) -> None:
     assert only(target.parent) == ["images"]
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("a file", "out: is a file; give another --out"),
+        ("files", "out: has files, and no manifest.json"),
+        ("another kind", "out: holds 'latents', not 'images'"),
+        ("a file above", r"out: cannot be made in .*above; give another --out"),
+        ("the working directory", "cannot be replaced by a folder; give another --out"),
+    ],
+)
+def test_what_is_no_earlier_output_of_its_kind_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "files":
+        (out / "folder").mkdir(parents=True)
+        (out / "folder" / "mine.txt").write_text("mine")
+    elif what == "another kind":
+        with writing(out, "latents", config={}, inputs={}) as fresh:
+            (fresh / "mine.txt").write_text("mine")
+    elif what == "a file above":
+        (tmp_path / "above").write_text("mine")
+        out = tmp_path / "above" / "folder" / "out"
+    else:
+        out.mkdir()
+        monkeypatch.chdir(out)
+        out = Path()
+    before = digest_tree(tmp_path)
+    with pytest.raises(UserError, match=message):
+        write(out, FILES)
+    assert digest_tree(tmp_path) == before
+
+
+def test_ldm_train_looks_before_it_works(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="has files, and no manifest"):
+        main(["train", "--params", str(ROOT / "params.yaml"), "--out", str(tmp_path)])
+
+
+def test_an_empty_folder_and_a_damaged_output_are_replaced(target: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (target / MANIFEST).write_text("{")
+    for out in (tmp_path / "empty", target):
+        write(out, FILES)
+        assert opening(out, "images", "ingest").counts == {"train": 2}
+
+
+def test_behind_a_link_what_it_leads_to_is_replaced(target: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for content in (b"second", b"third"):
+        write(link, {"c.tar": content})
+        assert link.is_symlink() and (target / "c.tar").read_bytes() == content
+    assert only(tmp_path) == ["images", "link"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error):
@@ -114,9 +174,9 @@ with writing(target, "images", config={}, inputs={}) as fresh:
     (fresh / "b.tar").write_bytes(b"first")
 """,
     "making": """
-with making(target) as write:
+with making(target, "images") as write:
     at_work()
-    with write("images", config={}, inputs={}) as fresh:
+    with write(config={}, inputs={}) as fresh:
         (fresh / "a.tar").write_bytes(b"first")
         (fresh / "b.tar").write_bytes(b"first")
 """,
@@ -148,7 +208,7 @@ def test_a_second_writer_is_refused_and_costs_the_first_nothing(tmp_path: Path, 
     with at_work(way, target) as first:
         with pytest.raises(UserError, match=refused):
             write(target, FILES)
-        with pytest.raises(UserError, match=refused), making(target):
+        with pytest.raises(UserError, match=refused), making(target, "images"):
             pass
         write(tmp_path / "other", FILES)
         first.communicate(b"\n")
@@ -246,6 +306,13 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_file(tmp_path: Path) -> None
         write_whole(tmp_path / "file", bytes(2000))
     assert (tmp_path / "file").read_bytes() == b"first"
     assert only(tmp_path) == ["file"]
+
+
+def test_a_path_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "folder", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"^{folder}: cannot be used"), full_disk_told(tmp_path):
+            folder.mkdir(parents=True)
 
 
 def test_a_full_disk_in_the_block_is_told_of_the_directory(target: Path) -> None:

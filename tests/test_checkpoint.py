@@ -279,6 +279,21 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "ran").exists()
 
 
+def test_one_that_is_removed_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(tmp_path, Model({}, {}, "tiny", None))
+    folder = save(tmp_path, at(10), keep=1)
+
+    def removed_then(one: Path) -> None:
+        assert damage_of(one) is None
+        (one / "ema.safetensors").unlink()
+
+    monkeypatch.setattr(ldm.checkpoint, "damage_of", removed_then)
+    with pytest.raises(UserError, match=f"^{folder}: was removed meanwhile"):
+        averaged(folder)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -13,6 +13,7 @@ from ldm.artifacts import opening
 from ldm.checkpoint import folders
 from ldm.errors import UserError
 from ldm.export import export
+from tests.disk import room_for
 from tests.test_train import run_here
 
 EVERY = {"log_every": 1, "checkpoint_every": 4, "validate_every": 4, "keep_checkpoints": 9}
@@ -71,3 +72,25 @@ def test_what_is_no_checkpoint_is_refused(pipeline: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match="is no checkpoint of `ldm train`; name a folder of"):
             export(named, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"{}"])
+def test_a_damaged_description_of_the_model_is_named(
+    pipeline: Path, latents: Path, tmp_path: Path, content: bytes
+) -> None:
+    run_here(pipeline, latents, tmp_path, steps=2)
+    (run,) = (tmp_path / "runs").iterdir()
+    (run / "model.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.json: is damaged \(.*\); the command that made"):
+        export(folders(run)[-1], tmp_path / "exported")
+
+
+def test_a_disk_that_is_full_of_weights_is_told(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    run_here(pipeline, latents, tmp_path, steps=2)
+    (checkpoint,) = tmp_path.glob("runs/*/step-00000002")
+    out = tmp_path / "exported"
+    with room_for(20_000), pytest.raises(UserError, match=rf"^{out}: cannot be written .* make ro"):
+        export(checkpoint, out)
+    assert not out.exists()

@@ -339,12 +339,22 @@ def test_more_steps_go_on_from_a_run(pipeline: Path, images: Path, tmp_path: Pat
         trained(20, earlier, changed=True)
 
 
+def test_patches_larger_than_pictures_are_refused_before_the_first_step(
+    pipeline: Path, images: Path, tmp_path: Path
+) -> None:
+    config = FirstStage.model_validate(settings(pipeline) | {"clip": {**CLIP, "patch_size": 65}})
+    with pytest.raises(UserError, match=r"clip\.patch_size 65: is more than the \d+ pixels of the"):
+        first_stage(config, images, tmp_path / "first-stage", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_output_that_another_process_makes_is_refused_before_the_first_step(
     pipeline: Path, images: Path, tmp_path: Path
 ) -> None:
     out, runs = tmp_path / "first-stage", tmp_path / "runs"
     config = FirstStage.model_validate(settings(pipeline))
-    with making(out), pytest.raises(UserError, match="first-stage: another process makes it"):
+    busy = pytest.raises(UserError, match="first-stage: another process makes it")
+    with making(out, "first-stage"), busy:
         first_stage(config, images, out, runs)
     assert [path.name for path in runs.glob("*/*")] == ["lock"]
 

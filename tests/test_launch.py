@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,7 +20,7 @@ from ldm.device import CPU_ASKED
 from ldm.errors import UserError
 from ldm.launch import configuration_of, launch_encoding, launch_training
 from ldm.request import REQUEST, TrainRequest
-from tests.launched import ROOT
+from tests.launched import ROOT, wait_for
 
 OWN = ROOT / "infra/accelerate"
 
@@ -200,3 +204,13 @@ def test_a_training_draws_its_sheets_as_evaluation_draws(
     params = Params.model_validate(settings)
     launch_training(params, tmp_path, tmp_path / "model", tmp_path / "runs")
     assert asked == [params.evaluate.sampling]
+
+
+def test_ctrl_c_while_a_process_imports_ends_it_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "ldm.train"]
+    with Popen(command, cwd=ROOT, stdout=PIPE, stderr=STDOUT) as process:
+        imports = psutil.Process(process.pid)
+        wait_for(lambda: any("libtorch" in one.path for one in imports.memory_maps()), process)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == (b"", None)
+    assert process.returncode == -signal.SIGINT

@@ -327,6 +327,18 @@ def test_what_is_asked_wrongly(five: Path, runs: str, keep: int, message: str) -
     assert kept(five) == [*"abcde"]
 
 
+def test_a_model_that_is_named_and_not_there_is_no_reason_to_remove_its_training(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["prune", "--keep", "1", "--runs", str(five)]
+    with pytest.raises(SystemExit, match="modle: no such model; name the one whose training"):
+        main([*command, "--model", str(five / "modle")])
+    assert kept(five) == [*"abcde"]
+    monkeypatch.chdir(five)  # Where there is none in the usual place, none is meant.
+    main(command)
+    assert kept(five) != [*"abcde"]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": 3, "inputs": {}}'])
 def test_what_cannot_be_read_is_left_as_it_is(five: Path, content: str) -> None:
     (five / "e" / "run.json").write_text(content)

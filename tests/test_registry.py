@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -340,6 +341,14 @@ def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"none.db does not exist; run `ldm register`"):
         registered.fetch_model("models:/ldm@champion")
     assert not (tmp_path / "none.db").exists()
+
+
+def test_a_file_that_is_no_database_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("something else")
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"mlflow.db: is no SQLite database, or damaged\)"):
+        connection.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    assert time.monotonic() - begin < 20  # MLflow tries for 90 s.
 
 
 GATE = Gate(wins_on=("new", "held"), holds=("old",), max_loss=0.03)

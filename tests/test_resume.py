@@ -381,8 +381,9 @@ def test_a_line_that_was_cut_short_is_written_again(
     assert digest_tree(model) == undisturbed
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / LOG).write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+@pytest.mark.parametrize("line", [b'{"st', b"[]", b"{}", b"\xff\xfe"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / LOG).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"log\.jsonl: line 2 is damaged .*; remove that line"):
         RunLog(tmp_path / LOG, 3, writes=True)
 

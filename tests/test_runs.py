@@ -13,6 +13,7 @@ from ldm import checkpoint
 from ldm.artifacts import opening
 from ldm.config import Pretrained, Sampling, Train
 from ldm.errors import UserError
+from ldm.export import export
 from ldm.params import load_params
 from ldm.train.stage import train
 from tests.launched import ROOT, SHORT, launch
@@ -147,8 +148,25 @@ def test_a_damaged_description_of_another_run_stops_nothing(
     pipeline: Path, latents: Path, tmp_path: Path
 ) -> None:
     earlier = run(pipeline, latents, tmp_path, steps=2)
-    (earlier / "run.json").write_text("{")
-    assert run(pipeline, latents, tmp_path, steps=3) != earlier
+    for steps, content in ((3, "{"), (4, "[]")):
+        (earlier / "run.json").write_text(content)
+        assert run(pipeline, latents, tmp_path, steps=steps) != earlier
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"config": 3, "inputs": {}}'])
+def test_a_damaged_description_is_named_and_mended_by_the_runs_own_command(
+    pipeline: Path, latents: Path, tmp_path: Path, content: bytes
+) -> None:
+    earlier = run(pipeline, latents, tmp_path, steps=2)
+    known = (earlier / "run.json").read_bytes()
+    (earlier / "run.json").write_bytes(content)
+    message = r"run\.json: is damaged \(.*\); the command that made the run writes it again$"
+    with pytest.raises(UserError, match=message):
+        run(pipeline, latents, tmp_path, steps=3, resume=earlier)
+    with pytest.raises(UserError, match=message):
+        export(earlier, tmp_path / "exported")
+    run(pipeline, latents, tmp_path, steps=2)
+    assert (earlier / "run.json").read_bytes() == known
 
 
 def scheduler_of(pipeline: Path, **changes: object) -> None:
@@ -221,8 +239,11 @@ def test_a_noise_schedule_that_is_not_known_is_refused_before_the_first_step(
 
 
 def test_a_folder_that_is_no_run(pipeline: Path, latents: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run \(has no run\.json\)"):
+    with pytest.raises(UserError, match=r"is no run \(has no run\.json\); name a folder of runs/$"):
         run(pipeline, latents, tmp_path, resume=tmp_path / "runs" / "nothing")
+    earlier = run(pipeline, latents, tmp_path, steps=2)
+    with pytest.raises(UserError, match=rf"is no run .*; name its run, {earlier}$"):
+        run(pipeline, latents, tmp_path, resume=earlier / "step-00000002")
 
 
 def test_an_unfinished_run_of_other_settings_is_mentioned(

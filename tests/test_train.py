@@ -95,6 +95,16 @@ def test_a_start_that_reads_other_texts_is_refused(
         run_here(pipeline, latents, tmp_path / "next", init=str(other))
 
 
+def test_a_start_that_is_a_training_is_refused(
+    pipeline: Path, latents: Path, tmp_path: Path
+) -> None:
+    run_here(pipeline, latents, tmp_path / "other", steps=2)
+    (checkpoint,) = tmp_path.glob("other/runs/*/step-00000002")
+    for start in (checkpoint, checkpoint.parent):
+        with pytest.raises(UserError, match=f"`ldm export {start}` makes a model of it"):
+            run_here(pipeline, latents, tmp_path / "next", init=str(start))
+
+
 @pytest.mark.parametrize("settings", [{}, {"text_learning_rate": 1e-3}])
 def test_a_checkpoint_draws_what_the_finished_model_draws(
     pipeline: Path, latents: Path, tmp_path: Path, settings: dict[str, float]
@@ -109,6 +119,11 @@ def test_a_checkpoint_draws_what_the_finished_model_draws(
     (checkpoint / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"ema.safetensors is missing or altered"):
         Painter.load(Source(str(checkpoint)))
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=r"state.json is missing or altered.*give another che"):
+        Painter.load(Source(str(checkpoint)))
+    with pytest.raises(UserError, match=r"is the run of a training; name one of its step-N"):
+        Painter.load(Source(str(checkpoint.parent)))
 
 
 def test_accumulation_and_batch_give_the_same_step(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm.config.section import Count, Precision, Section
+from ldm.config.section import Count, Precision, Section, Seed, expect_multiples
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -14,7 +14,7 @@ Rate = Annotated[float, Field(gt=0)]
 class PartTraining(Section):
     """What the trainings of all parts have."""
 
-    seed: int = 0
+    seed: Seed = 0
     steps: Annotated[int, Field(ge=0)]
     warmup_steps: Count
     batch_size: Count
@@ -34,7 +34,7 @@ class VaeTraining(PartTraining):
     trains: Literal["all", "decoder"] = "all"
     """``decoder``, of a VAE that is there already: its latents stay what they are, and so does all
     that was encoded by it and trained on that."""
-    widths: tuple[Count, ...] = (16, 32, 64, 96)
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32, 64, 96)
     layers_per_block: Count = 1
     latent_channels: Count = 4
     norm_groups: Count = 8
@@ -69,6 +69,11 @@ class VaeTraining(PartTraining):
         return self
 
     @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        expect_multiples(self.widths, norm_groups=self.norm_groups)
+        return self
+
+    @model_validator(mode="after")
     def _has_one_shape(self) -> Self:
         shape = ("widths", "layers_per_block", "latent_channels", "norm_groups", "mid_attention")
         defaults = type(self).model_fields
@@ -97,7 +102,8 @@ class ClipTraining(PartTraining):
     layers: Count = 3
     heads: Count = 4
     patch_size: Count = 8
-    max_tokens: Count = 40
+    max_tokens: Annotated[int, Field(ge=3)] = 40
+    """Of a caption, with the two that begin and end it."""
     vocabulary: Count = 4096
     """Upper bound on the tokens of spaced scripts; every ideograph of the captions is added."""
     rearranged: Annotated[int, Field(ge=0)] = 3
@@ -107,6 +113,11 @@ class ClipTraining(PartTraining):
     warmup_steps: Count = 100
     batch_size: Count = 128
     learning_rate: Rate = 1e-3
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        expect_multiples((self.width,), heads=self.heads)
+        return self
 
 
 class LayoutTraining(PartTraining):
@@ -143,6 +154,12 @@ class FirstStage(Section):
     ``reconstructions-NNNNNNNN.png`` in ``vae`` of the run's folder; null: none."""
     track: bool = True
     """Show the training in MLflow as it goes."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.layout.steps:
+            expect_multiples((self.clip.width,), **{"layout.heads": self.layout.heads})
+        return self
 
     @model_validator(mode="after")
     def _one_text_encoder(self) -> Self:

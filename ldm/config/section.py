@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""As torch's and numpy's generators take it."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 """``auto``: bfloat16 where the hardware computes it, else float32."""
@@ -30,6 +32,14 @@ class Section(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for manifests."""
         return self.model_dump(mode="json")
+
+
+def expect_multiples(widths: tuple[int, ...], **parts: int) -> None:
+    """ValueError where a network's width cannot be cut into parts of such a size or number."""
+    for width in widths:
+        for name, part in parts.items():
+            if width % part:
+                raise ValueError(f"width {width} is not a multiple of {name} {part}: change either")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

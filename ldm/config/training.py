@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ldm.config.section import Count, Section, Share
+from ldm.config.section import Count, Section, Seed, Share, expect_multiples
 
 PRODIGY_LEAST = 0.01
 """A ``learning_rate`` below is meant for another optimizer than Prodigy."""
@@ -16,10 +16,15 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 class UnetShape(Section):
     """A UNet to start from random weights; field names are ours, meanings diffusers'."""
 
-    widths: tuple[Count, ...] = (96, 192)
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (96, 192)
     layers_per_block: Count = 1
     head_width: Count = 32
     norm_groups: Count = 16
+
+    @model_validator(mode="after")
+    def _whole_heads_and_groups(self) -> Self:
+        expect_multiples(self.widths, head_width=self.head_width, norm_groups=self.norm_groups)
+        return self
 
 
 class NoiseSchedule(Section):
@@ -130,7 +135,7 @@ class Train(Section):
     deterministic: bool = False
     """The same bits again on a GPU too, and the exact resume that a CPU has anyway, for some of its
     speed."""
-    seed: int = 0
+    seed: Seed = 0
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load batches. On a CPU they take the memory of the weights and their average
     once more, as these were when they started; 0: the training loads them itself."""

@@ -106,9 +106,10 @@ def first_stage(
         _expect_same_networks(resume, identity)
     folder = folder_of(runs, identity, "first-stage-")
     training, held_out = (Split(pictures, split) for split in SPLITS)
+    _expect_patches(config, side_of(training))
     with (
         held(folder / LOCK, f"{folder}: another process trains it; wait for it, or stop it"),
-        making(out) as write,
+        making(out, "first-stage") as write,
         Live(registry, folder, settings, "first-stage") if registry else nullcontext() as live,
         plain_attention(device),
     ):
@@ -118,7 +119,7 @@ def first_stage(
         parts = _train(config, training, held_out, run, device, given)
         measured, sheet = measure(parts, held_out, run, device)
         counts = {"train": len(training)}
-        with write("first-stage", config=settings, inputs=inputs, counts=counts) as fresh:
+        with write(config=settings, inputs=inputs, counts=counts) as fresh:
             save(parts, given, fresh)
             write_json(fresh / "measured.json", measured)
             write_whole(fresh / f"{SHEETS}.png", encode_png(sheet))
@@ -151,6 +152,15 @@ def settings_of_result(config: FirstStage) -> dict[str, Any]:
     unused = ("clip", "layout") if config.text_encoder else ()
     left_out = {*HOW, "track", *unused}
     return {key: value for key, value in config.as_dict().items() if key not in left_out}
+
+
+def _expect_patches(config: FirstStage, side: int) -> None:
+    """UserError before the VAE is trained, rather than behind it."""
+    if not config.text_encoder and config.clip.patch_size > side:
+        raise UserError(
+            f"first_stage.clip.patch_size {config.clip.patch_size}: is more than the {side} pixels "
+            "of the pictures' sides; lower it"
+        )
 
 
 def _expect_same_networks(earlier: Path, identity: Identity) -> None:

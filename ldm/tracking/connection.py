@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
 
 TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
-SQLITE = "sqlite:///"
+SQLITE, MAGIC = "sqlite:///", b"SQLite format 3\0"
 SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -91,7 +91,10 @@ def _make_database(uri: str) -> None:
     import mlflow
 
     database = _database(uri)
-    if database is None or database.is_file():
+    if database is None:
+        return
+    if database.is_file():
+        _expect_sqlite(database)
         return
     refusal = f"{database}: another process is making it; wait for it, or stop it"
     with held(database.with_name(f"{database.name}.lock"), refusal, patience_s=60):
@@ -103,6 +106,13 @@ def _make_database(uri: str) -> None:
         mlflow.MlflowClient(f"{SQLITE}{fresh}").search_experiments(max_results=1)
         if not database.is_file():
             fresh.rename(database)
+
+
+def _expect_sqlite(database: Path) -> None:
+    """Refuse what MLflow would ask for a minute and a half, again and again, whether it opens."""
+    with database.open("rb") as file:
+        if file.read(len(MAGIC)) not in (b"", MAGIC):
+            raise UserError(f"{database}: is no SQLite database, or damaged")
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ldm.errors import UserError
 from ldm.models import Encoders, Source, digest_weights, digests, load_text_encoder, starting_model
 from ldm.noise_schedule import fresh_schedule, load_schedule
 from ldm.pipeline import load_unet
+from ldm.runs import RUN
 from ldm.unet import Network, random_unet, run_by, shape_of
 
 
@@ -27,6 +29,7 @@ def starting_point(
     source = starting_model(config.init, pretrained)
     if source is not None:
         if config.init != "pretrained":
+            _expect_whole(config.init)
             _check_reads_the_same(cache, config.init, load_text_encoder(source)[1])
         started = load_unet(source, pretrained.network)
         _check_shape(started, source, _channels(cache), encoders)
@@ -83,6 +86,15 @@ def _check_encoders(cache: LatentCache, encoders: Encoders, pipeline: str) -> No
                 f"{cache.manifest.path}: has {name} {cached:g}, the vae of {pipeline} has {own:g}; "
                 f"{remedy}"
             )
+
+
+def _expect_whole(init: str) -> None:
+    """A checkpoint is no whole model: it lacks what its training left as it was."""
+    if any((folder / RUN).is_file() for folder in (Path(init), Path(init).parent)):
+        raise UserError(
+            f"train.init {init}: is of a training's run; `ldm export {init}` makes a model of it, "
+            "whose folder can be named"
+        )
 
 
 def _check_reads_the_same(cache: LatentCache, init: str, text_encoder: torch.nn.Module) -> None:
