@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ldm.models import Source, load_encoders
 from ldm.pipeline import save_pipeline
 from ldm.scenes.lists import caption_of, scene_of
 from ldm.scenes.render import draw
+from ldm.tracking.connection import TRACKING_URI
 from ldm.unet import random_unet
 from tests.shards import write_shards
 
@@ -61,6 +63,17 @@ def _thawed() -> Iterator[None]:
     """What a command that ran here has frozen is looked through for garbage again."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _tracks_where_it_did() -> Iterator[None]:
+    """A command that ran here has set where MLflow is, for what it starts; not for other tests."""
+    before = os.environ.get(TRACKING_URI)
+    yield
+    if before is None:
+        os.environ.pop(TRACKING_URI, None)
+    else:
+        os.environ[TRACKING_URI] = before
 
 
 @pytest.fixture(autouse=True, scope="session")
