@@ -18,7 +18,6 @@ from ldm.errors import UserError
 from ldm.lora import Adapters, Base
 from ldm.models import Encoders, Source, digest_weights, load_encoders, load_part, locate
 from ldm.noise_schedule import leave_open, load_schedule, scheduler_of
-from ldm.runs import RUN
 from ldm.unet import Network, as_diffusers, run_by
 
 
@@ -34,7 +33,7 @@ def load_model(source: Source, network: str = "ldm") -> tuple[Encoders, Network,
     A checkpoint (``runs/ID/step-NNNNNNNN``) gives its averaged weights.
     """
     folder = Path(source.location)
-    if (folder / RUN).is_file():
+    if (folder / checkpoint.MODEL).is_file():
         raise UserError(f"{folder}: is the run of a training; name one of its step-NNNNNNNN")
     # By its place too: one that is damaged, or was removed, is no folder in another layout.
     placed = folder.name.startswith("step-") and (folder.parent / checkpoint.MODEL).is_file()
