@@ -120,13 +120,13 @@ def expect_replaceable(target: Path, kind: str) -> None:
         raise UserError(f"{target}: is a file; {remedy}")
     if not target.is_dir() or not any(target.iterdir()):
         return
-    if not (target / MANIFEST).is_file():
-        raise UserError(f"{target}: has files, and no {MANIFEST} that says of what; {remedy}")
     try:
         found = manifest_of(target)
     except UserError:
         return  # A damaged one is to be made again.
-    if found and found.kind != kind:
+    if found is None:
+        raise UserError(f"{target}: has files, and no {MANIFEST} that says of what; {remedy}")
+    if found.kind != kind:
         raise UserError(f"{target}: holds {found.kind!r}, not {kind!r}; {remedy}")
 
 

@@ -151,7 +151,7 @@ def test_validation_repeats_itself(latents: Path) -> None:
         assert torch.equal(one.noise, other.noise) and torch.equal(one.timesteps, other.timesteps)
 
 
-@pytest.mark.parametrize("timesteps", [1000, 999, 37])
+@pytest.mark.parametrize("timesteps", [1000, 999, 998, 997])
 def test_validation_shows_each_sample_in_each_quarter_of_the_timesteps(
     latents: Path, timesteps: int
 ) -> None:
@@ -163,7 +163,7 @@ def test_validation_shows_each_sample_in_each_quarter_of_the_timesteps(
     assert [[bool(found) for found in band] for band in bands] == torch.eye(4).bool().tolist()
     within = (shown * 4 % timesteps).mul(8).floor_divide(timesteps)
     for own in within:  # Evenly there, too.
-        assert (own.bincount(minlength=8) - len(cache) / 8).abs().max() <= 2.5
+        assert (own.bincount(minlength=8) - len(cache) / 8).abs().max() <= 1.5
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
